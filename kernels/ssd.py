@@ -1,0 +1,159 @@
+"""SSD, the scan of Mamba-2 (arXiv:2405.21060).  Per head, with state S of shape (P, N):
+
+    dt_t = clamp(softplus(dt_t + dt_bias), low, high)
+    S_t  = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T            y_t = S_t C_t + D x_t
+
+`ssd_recurrence` is that, token by token: the oracle.  `ssd_reference` is the chunked form used for training: inside a chunk
+of L tokens the scan is a masked matrix product, between chunks only the state passes.  The state is reset where a packed
+row begins a new document, wherever in a chunk that is.  Heads h of group g = h // (H / G) share B and C.
+Decay sums, exponentials and states are fp32 (float64 for float64 input) whatever the dtype of x.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels._common import accumulate_dtype
+
+
+def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
+    """softplus(dt + dt_bias), clamped; fp32: in bf16 the step would be off by percents and the decay quantised."""
+    acc = accumulate_dtype(dt)
+    dt = F.softplus(dt.to(acc) + dt_bias.to(acc))
+    return dt if limit == (0.0, torch.inf) else dt.clamp(*limit)
+
+
+def ssd_recurrence(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float] = (0.0, torch.inf),
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `ssd`.  One step per token: slow, and plainly the definition."""
+    acc = accumulate_dtype(x)
+    dt = time_steps(dt, dt_bias, dt_limit).to(acc)
+    x, A, B, C, D = (t.to(acc) for t in (x, A, B, C, D))
+    share = x.shape[2] // B.shape[2]
+    B, C = (m.repeat_interleave(share, dim=2) for m in (B, C))  # (B, S, G, N) -> (B, S, H, N)
+    state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]) if initial_state is None else initial_state.to(acc)
+    y = []
+    for t in range(x.shape[1]):
+        if seq_idx is not None and t > 0:
+            state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
+        state = state * torch.exp(dt[:, t] * A)[..., None, None]
+        state = state + torch.einsum("bh,bhp,bhn->bhpn", dt[:, t], x[:, t], B[:, t])
+        y.append(torch.einsum("bhpn,bhn->bhp", state, C[:, t]) + D[:, None] * x[:, t])
+    return torch.stack(y, dim=1), state
+
+
+def ssd_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    chunk: int,
+    dt_limit: tuple[float, float] = (0.0, torch.inf),
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `ssd`.  Letters: b batch, c chunk, i j tokens of a chunk, g group, r head of the group, p n as P N."""
+    dtype, acc, S = x.dtype, accumulate_dtype(x), x.shape[1]
+    G, N = B.shape[2:]
+    L = min(chunk, S)
+    x, A, B, C, D = (t.to(acc) for t in (x, A, B, C, D))
+    dt = time_steps(dt, dt_bias, dt_limit).to(acc)
+    short = -S % L
+    if short:  # a step of length zero neither decays nor adds: padding is exact
+        x, dt, B, C = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, short)) for t in (x, dt, B, C))
+    grouped = x.shape[2] // G
+    xc = x.unflatten(2, (G, grouped)).unflatten(1, (-1, L))  # (b, c, j, g, r, p)
+    dtc = dt.unflatten(2, (G, grouped)).unflatten(1, (-1, L)).permute(0, 1, 3, 4, 2)  # (b, c, g, r, j)
+    Bc, Cc = (m.unflatten(1, (-1, L)).transpose(2, 3) for m in (B, C))  # (b, c, g, j, n)
+    decay = (dtc * A.view(G, grouped, 1)).cumsum(-1)  # log of the decay from the chunk's start through token j
+    last = decay[..., -1:]
+    to_end = (last - decay).exp() * dtc  # from token j to the chunk's end
+    from_start = decay.exp()
+    visible = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
+    keep = last.exp()  # what a whole chunk leaves of the state before it
+    if seq_idx is not None:
+        idx = (
+            F.pad(seq_idx, (0, short), mode="replicate").unflatten(1, (-1, L))
+            if short
+            else seq_idx.unflatten(1, (-1, L))
+        )
+        before = torch.cat([idx[:, :1, 0], idx[:, :-1, -1]], dim=1)  # the document of the state entering each chunk
+        visible = (visible & (idx.unsqueeze(-1) == idx.unsqueeze(-2)))[:, :, None, None]  # (b, c, 1, 1, i, j)
+        to_end = to_end * (idx == idx[..., -1:])[:, :, None, None]
+        from_start = from_start * (idx == before.unsqueeze(-1))[:, :, None, None]
+        keep = keep * (idx[..., -1] == before)[:, :, None, None, None]
+    # inside the chunk: y_i += sum_{j <= i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j
+    xs = xc.permute(0, 1, 3, 4, 2, 5)  # (b, c, g, r, j, p)
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
+    mixing = (Cc @ Bc.mT).unsqueeze(3) * between * dtc.unsqueeze(-2)  # (b, c, g, r, i, j)
+    y = mixing @ xs
+    # what each chunk adds to the state, (b, c, g, r, p, n); then the states pass from chunk to chunk
+    added = (xs * to_end.unsqueeze(-1)).mT @ Bc.unsqueeze(3)
+    state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.to(acc).unflatten(1, (G, grouped))
+    entering = []
+    for c in range(added.shape[1]):
+        entering.append(state)
+        state = state * keep[:, c].unsqueeze(-1) + added[:, c]
+    # from the state entering the chunk: y_i += exp(decay_i) S C_i
+    y = y + (Cc.unsqueeze(3) * from_start.unsqueeze(-1)) @ torch.stack(entering, dim=1).mT
+    y = y + D.view(G, grouped, 1, 1) * xs
+    y = y.permute(0, 1, 4, 2, 3, 5).flatten(3, 4).flatten(1, 2)[:, :S]
+    return y.to(dtype), state.flatten(1, 2)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    chunk: int,
+    dt_limit: tuple[float, float] = (0.0, torch.inf),
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x: (B, S, H, P); dt: (B, S, H), before softplus and bias; A, D, dt_bias: (H,), A negative; B, C: (B, S, G, N).
+
+    seq_idx: (B, S) integers, the document of each token, non-decreasing along a row; initial_state: (B, H, P, N), belonging
+    to the document of the first token.  Any S.  Returns y (B, S, H, P) in x's dtype and the state after the last token,
+    (B, H, P, N) in fp32 (float64 for float64), both differentiable in every tensor argument.
+    Raises ValueError if H is not a multiple of G or S is zero.
+    """
+    if x.shape[2] % B.shape[2]:
+        raise ValueError(f"ssd: {x.shape[2]} heads are not a multiple of {B.shape[2]} groups")
+    if x.shape[1] == 0:
+        raise ValueError("ssd: the sequence is empty")
+    return ssd_reference(x, dt, A, B, C, D, dt_bias, chunk, dt_limit, seq_idx, initial_state)
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float] = (0.0, torch.inf),
+) -> tuple[Tensor, Tensor]:
+    """One token of decoding: state (B, H, P, N), x (B, H, P), dt (B, H), B and C (B, G, N).  Returns y and the new state."""
+    y, state = ssd_recurrence(
+        x.unsqueeze(1), dt.unsqueeze(1), A, B.unsqueeze(1), C.unsqueeze(1), D, dt_bias, dt_limit, None, state
+    )
+    return y.squeeze(1).to(x.dtype), state

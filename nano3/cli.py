@@ -1,0 +1,215 @@
+"""From the command line to a validated Config: preset, then --config-file, then flags, then `a.b=v`; later layers win."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nano3.config import KINDS, Config, UserError, keys_of, merge, nearest
+from nano3.presets import DEFAULT, PRESETS
+
+ALIASES = {  # what NVIDIA's commands say -> what it is here
+    "dataset": "dataset.name",
+    "model.seq_length": "dataset.seq_length",
+    "model.tensor_model_parallel_size": "parallel.tp",
+    "model.expert_model_parallel_size": "parallel.ep",
+    "model.pipeline_model_parallel_size": "parallel.pp",
+    "model.context_parallel_size": "parallel.cp",
+}
+UNITS = ("iters", "samples", "tokens", "fraction")
+LENGTHS = ["train.train", "scheduler.lr_warmup", "scheduler.lr_decay", "scheduler.lr_wsd_decay"]
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a Nemotron 3 Nano.  Alone (python train.py …) or under torchrun; the two differ in nothing else.",
+        epilog="Any setting can be given as section.key=value, e.g. train.train_iters=100 optimizer.lr=1e-3.",
+    )
+    p.add_argument("--mode", choices=["pretrain", "finetune"], required=True)
+    p.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT})")
+    p.add_argument(
+        "--config-file", metavar="YAML", help="settings laid over the preset, e.g. the config.yaml of an earlier run"
+    )
+    p.add_argument("--tokenizer-model", metavar="PATH", help="'bytes', a Hugging Face folder, or a tokenizer.json")
+    p.add_argument("--seq-length", metavar="N", help="tokens per sequence")
+    p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, then stop")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return p
+
+
+def resolve(args: argparse.Namespace) -> tuple[Config, str]:
+    """The validated configuration and the name of its preset.  Raises UserError."""
+    if args.mode == "finetune":
+        raise UserError("--mode finetune is not available in this version; --mode pretrain is")
+    name = args.preset or DEFAULT
+    if name not in PRESETS:
+        raise UserError(
+            f"--preset {name}: there is no such preset{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
+        )
+    flags = {"tokenizer.tokenizer_model": args.tokenizer_model, "dataset.seq_length": args.seq_length}
+    layers = [
+        (f"preset {name}", PRESETS[name]),
+        (args.config_file or "", read_yaml(args.config_file) if args.config_file else {}),
+        ("command line", _nest([(k, v) for k, v in flags.items() if v is not None])),
+        ("command line", _nest(_split(args.overrides))),
+    ]
+    node = OmegaConf.structured(Config)
+    for source, layer in layers:
+        layer = _one_unit_each(node, OmegaConf.create(layer), source)
+        node = merge(node, layer, source)
+    config = OmegaConf.to_object(node)
+    validate(config)
+    return config, name
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, aliases resolved."""
+    if not Path(path).is_file():
+        raise UserError(
+            f"--config-file {path}: no such file; every run writes its own as config.yaml in the run folder"
+        )
+    try:
+        node = OmegaConf.load(path)
+    except Exception as error:  # the YAML reader has many exceptions, all of which mean this
+        raise UserError(f"--config-file {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not OmegaConf.is_dict(node):
+        raise UserError(f"--config-file {path}: expected sections with keys, e.g. 'train: {{train_iters: 100}}'")
+    flat = []
+    for section, values in OmegaConf.to_container(node).items():
+        if isinstance(values, dict):
+            flat += [(ALIASES.get(f"{section}.{k}", f"{section}.{k}"), v) for k, v in values.items()]
+        else:
+            flat.append((ALIASES.get(section, section), values))
+    return _nest(flat)
+
+
+def _split(overrides: list[str]) -> list[tuple[str, Any]]:
+    pairs = []
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f"{item!r}: settings are written section.key=value{nearest(item, keys_of(Config))}")
+        try:
+            value = OmegaConf.from_dotlist([f"v={text}"])["v"]
+        except Exception:
+            value = text
+        pairs.append((ALIASES.get(key, key), value))
+    return pairs
+
+
+def _nest(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        *sections, leaf = str(key).split(".")
+        node = out
+        for s in sections:
+            node = node.setdefault(s, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{key}: {s} was given a value of its own before")
+        node[leaf] = value
+    return out
+
+
+def _one_unit_each(base: Any, layer: Any, source: str) -> Any:
+    """A length given in one unit replaces one that an earlier layer gave in another; two units in one layer clash."""
+    for stem in LENGTHS:
+        here = [f"{stem}_{u}" for u in UNITS if OmegaConf.select(layer, f"{stem}_{u}") is not None]
+        if len(here) > 1:
+            raise UserError(f"{source}: {' and '.join(here)} say the same thing in two units; give one")
+        if here:
+            for u in UNITS:
+                other = f"{stem}_{u}"
+                if other != here[0] and OmegaConf.select(base, other) is not None:
+                    OmegaConf.update(base, other, None)
+    return layer
+
+
+def validate(config: Config) -> None:
+    """Raise UserError on anything wrong that can be known without the machine; the mesh checks the rest."""
+    for key in keys_of(Config):
+        section, name = key.split(".")
+        if isinstance(value := getattr(getattr(config, section), name), float) and not math.isfinite(value):
+            raise UserError(f"{key}={value} is not a finite number")
+    config.model.validate()
+    t, s, d, v = config.train, config.scheduler, config.dataset, config.validation
+    if t.train_iters is None and t.train_samples is None and t.train_tokens is None:
+        raise UserError("train: how long? Set train.train_iters, train.train_samples or train.train_tokens")
+    for section, key in [
+        ("train", "global_batch_size"),
+        ("train", "micro_batch_size"),
+        ("train", "loss_chunk_tokens"),
+        ("logger", "log_interval"),
+    ]:
+        _at_least(config, section, key, 1)
+    for section, key in [
+        ("validation", "eval_interval"),
+        ("validation", "eval_iters"),
+        ("validation", "sample_tokens"),
+        ("checkpoint", "save_interval"),
+        ("rng", "seed"),
+        *(("optimizer", k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")),
+    ]:
+        _at_least(config, section, key, 0)
+    for key in ("tp", "ep", "pp", "cp"):
+        _at_least(config, "parallel", key, 1)
+    if d.seq_length < 2:
+        raise UserError(
+            f"dataset.seq_length={d.seq_length}: a sequence needs at least 2 tokens (one to see, one to predict)"
+        )
+    if config.iterations < 1:
+        raise UserError(
+            f"train: the length given is less than one step of {t.global_batch_size} sequences of {d.seq_length} tokens; "
+            "train longer or lower train.global_batch_size"
+        )
+    _one_of("train.precision", t.precision, ["auto", "bf16", "fp32"])
+    _one_of("train.device", t.device, ["auto", "cpu", "cuda"])
+    _one_of("scheduler.lr_decay_style", s.lr_decay_style, ["WSD", "cosine", "linear", "constant"])
+    _one_of("scheduler.lr_wsd_decay_style", s.lr_wsd_decay_style, ["linear", "cosine", "exponential", "minus_sqrt"])
+    _one_of("dataset.name", d.name, ["embedded", "mock"])
+    if s.lr_decay_style == "WSD" and all(getattr(s, f"lr_wsd_decay_{u}") is None for u in UNITS):
+        raise UserError(
+            "scheduler.lr_decay_style=WSD needs the length of its decay, e.g. scheduler.lr_wsd_decay_fraction=0.2"
+        )
+    if s.lr_wsd_decay_fraction is not None and not 0 < s.lr_wsd_decay_fraction <= 1:
+        raise UserError(f"scheduler.lr_wsd_decay_fraction={s.lr_wsd_decay_fraction} must lie in (0, 1]")
+    if config.optimizer.min_lr > config.optimizer.lr:
+        raise UserError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
+    for key in ("adam_beta1", "adam_beta2"):
+        if not 0 <= (beta := getattr(config.optimizer, key)) < 1:
+            raise UserError(f"optimizer.{key}={beta} must lie in [0, 1)")
+    if config.optimizer.adam_eps <= 0:
+        raise UserError(f"optimizer.adam_eps={config.optimizer.adam_eps} must be positive")
+    kinds = ["none", "full", *KINDS.values()]
+    for kind in [t.recompute] if isinstance(t.recompute, str) else t.recompute or []:
+        _one_of("train.recompute", kind, kinds)
+    if v.eval_iters == 0 and v.eval_interval and v.sample_prompt is not None:
+        raise UserError("validation.sample_prompt is set, but validation.eval_iters=0 never evaluates; drop one")
+    if (config.logger.wandb_entity or config.logger.wandb_exp_name) and not config.logger.wandb_project:
+        raise UserError("logger.wandb_entity and logger.wandb_exp_name need logger.wandb_project=NAME")
+
+
+def _at_least(config: Config, section: str, key: str, least: int) -> None:
+    if (value := getattr(getattr(config, section), key)) < least:
+        raise UserError(f"{section}.{key}={value} must be at least {least}")
+
+
+def _one_of(name: str, value: Any, known: list[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name}={value!r} is not known{nearest(str(value), known)} Choose from {', '.join(known)}")
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def difference(config: Config, preset: str) -> list[str]:
+    """`section.key=value` for every setting that differs from the preset."""
+    base = merge(OmegaConf.structured(Config), OmegaConf.create(PRESETS[preset]), preset)
+    mine = OmegaConf.structured(config)
+    pairs = ((k, OmegaConf.select(base, k), OmegaConf.select(mine, k)) for k in keys_of(Config))
+    return [f"{k}={new}" for k, old, new in pairs if old != new]

@@ -1,0 +1,405 @@
+"""Configuration: plain dataclasses, filled by omegaconf from a preset, a YAML file and `a.b=v` overrides, in that order.
+
+Model fields are spelt as in Hugging Face's config.json, so reading one is a filter; the other sections carry the names
+that users of NVIDIA's scripts type today.  A trailing comment gives the letter or the unit.  Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+KINDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}  # a letter of the pattern -> the kind of its block
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be done.  The text names setting, value and remedy; scripts print it alone."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The geometry of a Nemotron-H model; the defaults are Nemotron 3 Nano 30B-A3B as released.
+
+    The pattern has one letter per residual block: M Mamba-2, E mixture of experts, * attention, - dense MLP.
+    """
+
+    hybrid_override_pattern: str = NANO_PATTERN
+    vocab_size: int = 131072  # V
+    hidden_size: int = 2688  # D
+    layer_norm_epsilon: float = 1e-5
+    # attention
+    num_attention_heads: int = 32  # Hq
+    num_key_value_heads: int = 2  # Hkv
+    head_dim: int = 128
+    # Mamba-2; the inner width is H * P, whatever `expand` in a config.json may say
+    mamba_num_heads: int = 64  # H
+    mamba_head_dim: int = 64  # P
+    n_groups: int = 8  # G: the heads of a group share B and C
+    ssm_state_size: int = 128  # N
+    conv_kernel: int = 4
+    use_conv_bias: bool = True
+    chunk_size: int = 128  # tokens per SSD chunk; a tiling choice, the result does not depend on it
+    time_step_limit: list[float] = field(default_factory=lambda: [0.0, math.inf])  # clamp of dt at run time: none
+    time_step_min: float = 1e-3  # these three shape the initial dt_bias only
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    # mixture of experts
+    n_routed_experts: int = 128  # E
+    num_experts_per_tok: int = 6  # K
+    moe_intermediate_size: int = 1856  # F
+    moe_shared_expert_intermediate_size: int = 3712
+    n_group: int = 1  # routing groups, unrelated to n_groups
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+    moe_aux_loss_coeff: float = 1e-4  # sequence-wise balance loss, 0 switches it off
+    moe_router_bias_update_rate: float = 1e-3  # step of the selection bias, once per optimizer step
+    # dense MLP blocks
+    intermediate_size: int = 1856
+    # initialisation; None means sqrt(0.8 / D), which every published size follows
+    init_method_std: float | None = None
+    # fields of the family that this code knows and does not implement: refused below, by name
+    moe_latent_size: int | None = None
+    num_nextn_predict_layers: int = 0
+    tie_word_embeddings: bool = False
+    use_bias: bool = False
+    mlp_bias: bool = False
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    mlp_hidden_act: str = "relu2"
+    mamba_hidden_act: str = "silu"
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.hybrid_override_pattern)
+
+    @property
+    def d_inner(self) -> int:
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        return self.d_inner + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def init_std(self) -> float:
+        return math.sqrt(0.8 / self.hidden_size) if self.init_method_std is None else self.init_method_std
+
+    def validate(self) -> None:
+        """Raise UserError on a geometry that cannot be built."""
+        pattern = self.hybrid_override_pattern
+        if not pattern or (unknown := sorted(set(pattern) - set(KINDS))):
+            what = "is empty" if not pattern else f"has the unknown letters {' '.join(unknown)}"
+            raise UserError(
+                f"model.hybrid_override_pattern={pattern!r} {what}; "
+                "use M (Mamba-2), E (mixture of experts), * (attention) and - (dense MLP)"
+            )
+        for name in (f.name for f in fields(self) if f.type in ("int", "float")):
+            value = getattr(self, name)
+            if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+                raise UserError(f"model.{name}={value} must be positive")
+        _multiple("model.mamba_num_heads", self.mamba_num_heads, "model.n_groups", self.n_groups)
+        _multiple(
+            "model.num_attention_heads", self.num_attention_heads, "model.num_key_value_heads", self.num_key_value_heads
+        )
+        if not 2 <= self.conv_kernel <= 4:
+            raise UserError(
+                f"model.conv_kernel={self.conv_kernel} is not supported; use 2, 3 or 4 (released models: 4)"
+            )
+        limit = self.time_step_limit
+        if len(limit) != 2 or not 0 <= limit[0] <= limit[1]:
+            raise UserError(
+                f"model.time_step_limit={limit} must be two numbers, 0 <= low <= high; [0, .inf] means no clamp"
+            )
+        if "E" in pattern:
+            self._validate_experts()
+        for name, supported in UNSUPPORTED.items():
+            if (value := getattr(self, name)) != supported:
+                raise UserError(f"model.{name}={value}: {REFUSALS.get(name, f'only {supported} is supported')}")
+
+    def _validate_experts(self) -> None:
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise UserError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok} is more than "
+                f"model.n_routed_experts={self.n_routed_experts}; choose at most as many as there are experts"
+            )
+        if self.n_group == 1:
+            return
+        _multiple("model.n_routed_experts", self.n_routed_experts, "model.n_group", self.n_group)
+        per_group = self.n_routed_experts // self.n_group
+        if per_group < 2:
+            raise UserError(
+                f"model.n_group={self.n_group} leaves {per_group} expert a group; a group's score needs two"
+            )
+        if not 1 <= self.topk_group <= self.n_group:
+            raise UserError(f"model.topk_group={self.topk_group} must lie between 1 and model.n_group={self.n_group}")
+        if self.topk_group * per_group < self.num_experts_per_tok:
+            raise UserError(
+                f"model.topk_group={self.topk_group} groups of {per_group} experts cannot supply "
+                f"model.num_experts_per_tok={self.num_experts_per_tok}; raise topk_group"
+            )
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
+        """Geometry from the dictionary of a config.json (the released names, older ones, or transformers' own).
+
+        Raises UserError if the model is of another family or needs what this code does not implement.
+        """
+        if hf.get("model_type") not in (None, "nemotron_h"):
+            raise UserError(
+                f"config.json: model_type={hf['model_type']!r} is not a Nemotron-H model (expected 'nemotron_h')"
+            )
+        hf = dict(hf)
+        for old, new in HF_ALIASES.items():
+            if hf.get(old) is not None and hf.get(new) is None:
+                hf[new] = hf[old]
+        if hf.get("hybrid_override_pattern") is None:
+            if hf.get("layers_block_type") is None:
+                raise UserError("config.json has neither hybrid_override_pattern nor layers_block_type")
+            letters = {
+                "linear_attention": "M",
+                "mamba": "M",
+                "full_attention": "*",
+                "attention": "*",
+                "moe": "E",
+                "mlp": "-",
+            }
+            if unknown := sorted(set(hf["layers_block_type"]) - set(letters)):
+                raise UserError(f"config.json: layers_block_type has unknown entries {unknown}")
+            hf["hybrid_override_pattern"] = "".join(letters[t] for t in hf["layers_block_type"])
+        limit = hf.get("time_step_limit")
+        if limit is not None:  # transformers writes infinity as {"__float__": "Infinity"}
+            hf["time_step_limit"] = [float(v["__float__"]) if isinstance(v, dict) else float(v) for v in limit]
+        known = {f.name for f in fields(cls)}
+        given = {k: v for k, v in hf.items() if k in known and v is not None}
+        layers = hf.get("num_hidden_layers")
+        config = fill(cls, given, "config.json")
+        config.validate()
+        if layers is not None and layers != config.num_hidden_layers:
+            raise UserError(
+                f"config.json: num_hidden_layers={layers}, but the pattern has {config.num_hidden_layers} letters; correct one"
+            )
+        return config
+
+
+HF_ALIASES = {"attention_head_dim": "head_dim", "rms_norm_eps": "layer_norm_epsilon"}  # older Nemotron-H files
+MAY_BE_ZERO = {
+    "moe_aux_loss_coeff",
+    "moe_router_bias_update_rate",
+    "num_nextn_predict_layers",
+    "attention_dropout",
+    "hidden_dropout",
+}
+UNSUPPORTED = {
+    "moe_latent_size": None,
+    "num_nextn_predict_layers": 0,
+    "tie_word_embeddings": False,
+    "use_bias": False,
+    "mlp_bias": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+}
+REFUSALS = {
+    "moe_latent_size": "latent experts (Nemotron 3 Super and Ultra) are not implemented; use a Nano model",
+    "num_nextn_predict_layers": "multi-token prediction (Lightning, Super) is not implemented; "
+    "set it to 0 to use the trunk without its prediction head",
+}
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Sizes of the process grid; what the world holds beyond tp * pp * cp ranks is data parallel."""
+
+    tp: int = 1
+    ep: int = 1
+    pp: int = 1
+    cp: int = 1
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    train_iters: int | None = None  # length of the run; exactly one of these three
+    train_samples: int | None = None
+    train_tokens: int | None = None
+    global_batch_size: int = 8  # sequences per optimizer step, over all ranks
+    micro_batch_size: int = 1  # sequences a rank computes at once
+    precision: str = "auto"  # bf16 (fp32 masters), fp32, or auto: bf16 on a GPU, fp32 on a CPU
+    recompute: Any = "none"  # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]
+    loss_chunk_tokens: int = 4096  # logits exist for this many tokens at a time
+    device: str = "auto"  # cuda, cpu, or auto
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW.  Tensors with one dimension (norms, A_log, D, dt_bias, biases) never decay; all others do."""
+
+    lr: float = 3e-4
+    min_lr: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0  # global L2 norm; 0 switches clipping off
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """Learning rate over the run.  Each length may be given in iterations, samples or tokens (at most one of them)."""
+
+    lr_decay_style: str = "cosine"  # WSD, cosine, linear or constant
+    lr_warmup_init: float = 0.0
+    lr_warmup_iters: int | None = None
+    lr_warmup_samples: int | None = None
+    lr_warmup_tokens: int | None = None
+    lr_decay_iters: int | None = None  # where min_lr is reached; default: the end of the run
+    lr_decay_samples: int | None = None
+    lr_decay_tokens: int | None = None
+    lr_wsd_decay_style: str = "minus_sqrt"  # linear, cosine, exponential or minus_sqrt
+    lr_wsd_decay_iters: int | None = None  # length of the final decay of WSD
+    lr_wsd_decay_samples: int | None = None
+    lr_wsd_decay_tokens: int | None = None
+    lr_wsd_decay_fraction: float | None = None  # the same as a fraction of the run
+
+
+@dataclass(kw_only=True)
+class DatasetConfig:
+    name: str = "mock"  # embedded: the standard library's source text; mock: a pattern in token ids
+    seq_length: int = 8192  # tokens
+
+
+@dataclass(kw_only=True)
+class TokenizerConfig:
+    tokenizer_model: str = "auto"  # bytes, or a folder or tokenizer.json; auto: bytes for embedded text, none for mock
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    eval_interval: int = 500  # iterations; 0 evaluates at the end only
+    eval_iters: int = 32  # global batches per evaluation; 0 never evaluates
+    sample_tokens: int = 200  # length of the continuation printed at each evaluation; 0 prints none
+    sample_prompt: str | None = None  # None: a prompt that suits the data
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    save: str | None = None  # folder for checkpoints; None: `checkpoints` in the run folder
+    load: str | None = None  # folder to resume from
+    save_interval: int = 200  # iterations; 0 saves at the end only
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    run_dir: str | None = None  # None: runs/NAME, numbered if that exists
+    log_interval: int = 10  # iterations between printed lines when the output is a terminal; every one otherwise
+    tensorboard_dir: str | None = None
+    wandb_project: str | None = None
+    wandb_entity: str | None = None
+    wandb_exp_name: str | None = None
+
+
+@dataclass(kw_only=True)
+class RngConfig:
+    seed: int = 1234
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    rng: RngConfig = field(default_factory=RngConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch_size * self.dataset.seq_length
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps of the run; a last partial batch is not run."""
+        t = self.train
+        samples = t.train_samples if t.train_tokens is None else t.train_tokens // self.dataset.seq_length
+        return t.train_iters if samples is None else samples // t.global_batch_size
+
+    @property
+    def recompute(self) -> frozenset[str]:
+        """Kinds of block whose activations are recomputed in the backward pass."""
+        asked = self.train.recompute
+        if asked in ("none", None, []):
+            return frozenset()
+        return frozenset(KINDS.values()) if asked == "full" else frozenset([asked] if isinstance(asked, str) else asked)
+
+
+def _multiple(name: str, value: int, of: str, divisor: int) -> None:
+    if value % divisor:
+        raise UserError(f"{name}={value} is not a multiple of {of}={divisor}")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown word: '; did you mean …?', or '.' when nothing is close."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def keys_of(cls: type, prefix: str = "") -> list[str]:
+    """Every `section.key` of a dataclass tree."""
+    out = []
+    for f in fields(cls):
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        out += keys_of(type(default), f"{prefix}{f.name}.") if is_dataclass(default) else [prefix + f.name]
+    return out
+
+
+def fill(cls: type, values: dict[str, Any], source: str) -> Any:
+    """An instance of the dataclass `cls` from nested `values`, type-checked.  `source` is named in errors."""
+    return merge(OmegaConf.structured(cls), OmegaConf.create(values), source, to_object=True)
+
+
+def merge(base: Any, layer: Any, source: str, *, to_object: bool = False) -> Any:
+    """omegaconf's merge, its exceptions turned into one sentence that names the source, the key and the remedy."""
+    cls = OmegaConf.get_type(base)
+    known = keys_of(cls)
+    for key in _leaves(layer):
+        if key not in known and not (sub := [k for k in known if k.startswith(key + ".")]):
+            tail = {k.rsplit(".", 1)[-1]: k for k in known}  # a right name in the wrong section is the commonest slip
+            hint = (
+                f"; did you mean {tail[key.rsplit('.', 1)[-1]]}?"
+                if key.rsplit(".", 1)[-1] in tail
+                else nearest(key, known)
+            )
+            raise UserError(f"{source}: unknown setting {key!r}{hint}")
+        elif key not in known:
+            raise UserError(f"{source}: {key!r} is a section, not a setting; set one of its keys, e.g. {sub[0]}=…")
+    try:
+        merged = OmegaConf.merge(base, layer)
+        return OmegaConf.to_object(merged) if to_object else merged
+    except OmegaConfBaseException as error:
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise UserError(f"{source}: {where}{str(error).splitlines()[0]}") from None
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    out = []
+    for key in node:
+        value = OmegaConf.select(node, key) if isinstance(key, str) else None
+        path = f"{prefix}{key}"
+        out += _leaves(value, path + ".") if OmegaConf.is_dict(value) else [path]
+    return out

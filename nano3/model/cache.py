@@ -1,0 +1,60 @@
+"""What a sequence leaves behind for the tokens to come.
+
+A Mamba-2 layer keeps its last `conv_kernel` inputs of the convolution and its state, whatever the length; an attention
+layer keeps keys and values, which grow; the other kinds keep nothing.  SSM states are fp32 in every mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nano3.config import ModelConfig
+
+
+@dataclass
+class MambaState:
+    window: Tensor  # (B, W, conv_dim): x, B, C before the convolution, newest last, zeros before the start
+    state: Tensor  # (B, H, P, N)
+
+
+@dataclass
+class AttentionState:
+    keys: Tensor  # (B, capacity, Hkv, head_dim)
+    values: Tensor
+    length: int = 0  # tokens held
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, S, Hkv, d) behind what is there; returns all keys and values so far, as views."""
+        end = self.length + k.shape[1]
+        if end > self.keys.shape[1]:
+            raise ValueError(
+                f"the cache holds {self.keys.shape[1]} tokens and was asked to hold {end}; create it longer"
+            )
+        self.keys[:, self.length : end], self.values[:, self.length : end] = k, v
+        self.length = end
+        return self.keys[:, :end], self.values[:, :end]
+
+
+LayerState = MambaState | AttentionState | None
+
+
+def create_cache(
+    c: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+) -> list[LayerState]:
+    """One entry per layer, for `batch` sequences of at most `capacity` tokens."""
+    cache: list[LayerState] = []
+    for letter in c.hybrid_override_pattern:
+        if letter == "M":
+            window = torch.zeros(batch, c.conv_kernel, c.conv_dim, dtype=dtype, device=device)
+            shape = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+            state = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+            cache.append(MambaState(window, state))
+        elif letter == "*":
+            shape = (batch, capacity, c.num_key_value_heads, c.head_dim)
+            cache.append(AttentionState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))))
+        else:
+            cache.append(None)
+    return cache

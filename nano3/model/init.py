@@ -1,0 +1,87 @@
+"""Initialisation as NVIDIA trains (Megatron's rules), independent of the layout.
+
+Every tensor is drawn whole from a generator seeded by (seed, its name, the expert's number), on the CPU: any rank can draw
+its slice of any tensor alone, a GPU gets the numbers a CPU gets, and adding a layer changes no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nano3.config import ModelConfig
+
+FP32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")  # kept in fp32 in every mode
+OUTPUTS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "down_proj")  # write into the residual stream
+
+
+def dtype_of(name: str, compute: torch.dtype) -> torch.dtype:
+    """The dtype a tensor is kept in when the model computes in `compute`."""
+    return torch.promote_types(compute, torch.float32) if name.rsplit(".", 1)[-1] in FP32 else compute
+
+
+def generator(seed: int, *key: object) -> torch.Generator:
+    """A CPU generator that is a pure function of (seed, key)."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def draw(name: str, shape: torch.Size, c: ModelConfig, seed: int, expert: int | None = None) -> Tensor:
+    """The initial value of one tensor (of one expert, for the fused expert tensors), in fp32.
+
+    Embedding and head N(0, s); matrices N(0, s), s = c.init_std; those that write into the residual stream
+    N(0, s / sqrt(layers)); convolution U(-1/sqrt(width), 1/sqrt(width)), weight and bias; A_log = log U(1, 16); D = 1;
+    dt_bias the inverse softplus of a log-uniform step; norms 1; selection bias 0.
+    """
+    g = generator(seed, name) if expert is None else generator(seed, name, expert)
+    leaf, parent = name.rsplit(".", 1)[-1], name.rsplit(".", 2)[-2] if "." in name else ""
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(shape, generator=g) * (high - low) + low
+
+    if leaf == "A_log":
+        return uniform(1.0, 16.0).log()
+    if leaf == "dt_bias":
+        step = uniform(math.log(c.time_step_min), math.log(c.time_step_max)).exp().clamp_min(c.time_step_floor)
+        return step + (-torch.expm1(-step)).log()  # softplus of this is the step
+    if leaf == "D" or parent in ("norm", "norm_f"):
+        return torch.ones(shape)
+    if leaf == "e_score_correction_bias":
+        return torch.zeros(shape)
+    if parent == "conv1d":
+        return uniform(-(c.conv_kernel**-0.5), c.conv_kernel**-0.5)
+    std = c.init_std / math.sqrt(c.num_hidden_layers) if name.endswith(OUTPUTS) else c.init_std
+    return torch.randn(shape, generator=g) * std
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name: everything a checkpoint of the model holds."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def allocate(model: nn.Module, device: torch.device, compute: torch.dtype) -> nn.Module:
+    """Give a model built on the meta device its memory, uninitialised, each tensor in the dtype it is kept in."""
+    for name, tensor in named_tensors(model).items():
+        *path, leaf = name.split(".")
+        owner = model.get_submodule(".".join(path))
+        new = torch.empty(tensor.shape, device=device, dtype=dtype_of(name, compute))
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(new)
+        else:
+            owner._buffers[leaf] = new
+    return model
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, c: ModelConfig, seed: int) -> nn.Module:
+    """Draw every tensor of an allocated model, one at a time (one expert at a time)."""
+    for name, tensor in named_tensors(model).items():
+        if ".experts." in name:
+            for e in range(tensor.shape[0]):
+                tensor[e].copy_(draw(name, tensor.shape[1:], c, seed, expert=e))
+        else:
+            tensor.copy_(draw(name, tensor.shape, c, seed))
+    return model

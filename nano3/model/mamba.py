@@ -1,0 +1,70 @@
+"""The Mamba-2 mixer (arXiv:2405.21060): project, convolve, scan, gate, normalise, project."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.conv1d import causal_conv1d, causal_conv1d_step
+from kernels.gated_norm import gated_rms_norm
+from kernels.ssd import ssd, ssd_step
+from nano3.config import ModelConfig
+from nano3.model.cache import MambaState
+from nano3.model.norm import RMSNorm
+
+
+class Conv(nn.Module):
+    """Weights of the depthwise convolution over x, B and C; (channels, 1, width) as in the released checkpoint."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+
+class Mamba(nn.Module):
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.H, self.P, self.G, self.N = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
+        self.d_inner, self.conv_dim = c.d_inner, c.conv_dim
+        self.chunk, self.eps = c.chunk_size, c.layer_norm_epsilon
+        self.dt_limit = (c.time_step_limit[0], c.time_step_limit[1])
+        self.in_proj = nn.Linear(c.hidden_size, self.d_inner + self.conv_dim + self.H, bias=False)  # z | x | B | C | dt
+        self.conv1d = Conv(self.conv_dim, c.conv_kernel, c.use_conv_bias)
+        self.A_log = nn.Parameter(torch.empty(self.H))
+        self.D = nn.Parameter(torch.empty(self.H))
+        self.dt_bias = nn.Parameter(torch.empty(self.H))
+        self.norm = RMSNorm(self.d_inner, self.eps)
+        self.out_proj = nn.Linear(self.d_inner, c.hidden_size, bias=False)
+
+    def forward(self, u: Tensor, seq_idx: Tensor | None, cache: MambaState | None) -> Tensor:  # (B, S, D) -> (B, S, D)
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.H], dim=-1)
+        W = self.conv1d.weight.shape[-1]
+        before = None if cache is None else cache.window[:, 1:]
+        if cache is not None:
+            cache.window = torch.cat([cache.window, xBC], dim=1)[:, -W:]
+        xBC = causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, before)
+        x, B, C = self._heads(xBC)
+        state = None if cache is None else cache.state
+        y, state = ssd(x, dt, self._A(), B, C, self.D, self.dt_bias, self.chunk, self.dt_limit, seq_idx, state)
+        if cache is not None:
+            cache.state = state
+        return self._out(y, z)
+
+    def step(self, u: Tensor, cache: MambaState) -> Tensor:
+        """One token of decoding: (B, D) -> (B, D).  Moves `cache` on by one token."""
+        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.H], dim=-1)
+        xBC, cache.window = causal_conv1d_step(xBC, cache.window, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        x, B, C = self._heads(xBC)
+        y, cache.state = ssd_step(cache.state, x, dt, self._A(), B, C, self.D, self.dt_bias, self.dt_limit)
+        return self._out(y, z)
+
+    def _A(self) -> Tensor:
+        return -self.A_log.exp()
+
+    def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (..., H, P), (..., G, N), (..., G, N)
+        x, B, C = xBC.split([self.d_inner, self.G * self.N, self.G * self.N], dim=-1)
+        return x.unflatten(-1, (self.H, self.P)), B.unflatten(-1, (self.G, self.N)), C.unflatten(-1, (self.G, self.N))
+
+    def _out(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.out_proj(gated_rms_norm(y.flatten(-2), z, self.norm.weight, self.G, self.eps))

@@ -1,0 +1,16 @@
+"""RMSNorm as a module."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.rms_norm import rms_norm
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        return rms_norm(x, self.weight, self.eps)

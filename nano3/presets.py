@@ -1,0 +1,124 @@
+"""Presets: named starting points, each a nested dictionary laid over the defaults of config.py.
+
+`tiny` trains on two CPU cores in under two minutes.  `ladder-*` are smaller models of Nano's shape with the published
+learning rates and token budgets.  `nano-30b-a3b` is the released model and the report's schedule; `-top5` is the variant
+with 5 active experts that the first description of this system names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Preset = dict[str, dict[str, Any]]
+
+DEFAULT = "nano-30b-a3b-top5"  # what `--mode pretrain` means when no preset is given
+
+TINY: Preset = {
+    "model": {
+        "hybrid_override_pattern": "MEM*EME",
+        "vocab_size": 256,  # bytes
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 32,
+        "n_groups": 2,
+        "ssm_state_size": 32,
+        "chunk_size": 64,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "moe_shared_expert_intermediate_size": 256,
+        "intermediate_size": 256,
+    },
+    "train": {"train_iters": 500, "global_batch_size": 8, "micro_batch_size": 8},
+    "dataset": {"name": "embedded", "seq_length": 256},
+    "optimizer": {"lr": 4e-3, "min_lr": 0.0},
+    "scheduler": {"lr_decay_style": "WSD", "lr_warmup_iters": 40, "lr_wsd_decay_fraction": 0.4},
+    "validation": {"eval_interval": 125, "eval_iters": 16},
+}
+
+
+def _nano(experts_per_token: int) -> Preset:
+    """The released geometry and the report's run: 25T tokens, WSD, peak 1e-3 (arXiv:2512.20848); layout of NVIDIA's page."""
+    return {
+        "model": {"num_experts_per_tok": experts_per_token, "init_method_std": 0.0173},
+        "parallel": {"tp": 4, "ep": 8},
+        "train": {
+            "train_tokens": 25_000_000_000_000,
+            "global_batch_size": 3072,
+            "micro_batch_size": 1,
+            "recompute": ["moe"],
+        },
+        "optimizer": {"lr": 1e-3, "min_lr": 1e-5},
+        "scheduler": {
+            "lr_decay_style": "WSD",
+            "lr_warmup_tokens": 8_400_000_000,
+            "lr_wsd_decay_style": "minus_sqrt",
+            "lr_wsd_decay_fraction": 0.2,
+        },
+    }
+
+
+def _ladder(
+    hidden: int,
+    q_heads: int,
+    mamba_heads: int,
+    expert: int,
+    shared: int,
+    pattern: str,
+    std: float,
+    lr: float,
+    tokens: int,
+) -> Preset:
+    """One rung of the scaling ladder: Nano's head sizes, groups and expert count at a smaller width and depth."""
+    return {
+        "model": {
+            "hybrid_override_pattern": pattern,
+            "hidden_size": hidden,
+            "num_attention_heads": q_heads,
+            "mamba_num_heads": mamba_heads,
+            "moe_intermediate_size": expert,
+            "moe_shared_expert_intermediate_size": shared,
+            "init_method_std": std,
+        },
+        "train": {"train_tokens": tokens, "global_batch_size": 768, "micro_batch_size": 1},
+        "optimizer": {"lr": lr, "min_lr": lr / 100},
+        "scheduler": {
+            "lr_decay_style": "WSD",
+            "lr_warmup_samples": 1_024_000,
+            "lr_wsd_decay_style": "minus_sqrt",
+            "lr_wsd_decay_fraction": 0.15,
+        },
+    }
+
+
+B = 1_000_000_000
+PRESETS: dict[str, Preset] = {
+    "tiny": TINY,
+    "ladder-1b": _ladder(768, 6, 24, 512, 960, "MEMEM*EMEME*EMEM*EMEME", 0.0325, 2.2e-3, 88 * B),
+    "ladder-2b": _ladder(1024, 8, 32, 640, 1280, "MEMEM*EMEMEM*EMEMEM*EMEMEME", 0.028, 2.0e-3, 140 * B),
+    "ladder-4b": _ladder(1280, 12, 40, 768, 1536, "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEME", 0.025, 1.8e-3, 215 * B),
+    "ladder-7b": _ladder(1536, 12, 48, 1024, 2048, "MEMEM*EMEMEM*EMEMEMEM*EMEMEM*EMEMEME", 0.0229, 1.6e-3, 310 * B),
+    "ladder-15b": _ladder(
+        2048, 16, 64, 1280, 2560, "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEME", 0.0198, 1.4e-3, 560 * B
+    ),
+    "nano-4b": {  # Nemotron 3 Nano 4B: dense MLP blocks, no experts
+        "model": {
+            "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-",
+            "hidden_size": 3136,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "mamba_num_heads": 96,
+            "mamba_head_dim": 80,
+            "chunk_size": 256,
+            "intermediate_size": 12544,
+        },
+        "train": {"train_tokens": 1000 * B, "global_batch_size": 768, "micro_batch_size": 1},
+        "optimizer": {"lr": 1.0e-3, "min_lr": 1e-5},
+        "scheduler": {"lr_decay_style": "WSD", "lr_warmup_samples": 1_024_000, "lr_wsd_decay_fraction": 0.15},
+    },
+    "nano-30b-a3b": _nano(6),
+    "nano-30b-a3b-top5": _nano(5),
+}
