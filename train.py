@@ -39,9 +39,11 @@ def main() -> int:
         return 2
 
     from nano3.parallel.mesh import create_mesh
-    from nano3.train.loop import Trainer, TrainingError
+    from nano3.train.loop import Trainer, TrainingError, keep_freed_memory
 
     try:
+        if device_type == "cpu":
+            keep_freed_memory()
         return Trainer(config, name, create_mesh(config, world, rank, local_rank)).run()
     except (UserError, TrainingError) as error:
         print(f"train.py: error: {f'rank {rank}: ' if world > 1 else ''}{error}", file=sys.stderr)

@@ -95,8 +95,8 @@ def _split(overrides: list[str]) -> list[tuple[str, Any]]:
         if not equals:
             raise UserError(f"{item!r}: settings are written section.key=value{nearest(item, keys_of(Config))}")
         try:
-            value = OmegaConf.from_dotlist([f"v={text}"])["v"]
-        except Exception:
+            value = OmegaConf.from_dotlist([f"v={text}"])["v"] if text else ""
+        except Exception:  # not YAML: then it is plain text
             value = text
         pairs.append((ALIASES.get(key, key), value))
     return pairs
@@ -175,8 +175,9 @@ def validate(config: Config) -> None:
         raise UserError(
             "scheduler.lr_decay_style=WSD needs the length of its decay, e.g. scheduler.lr_wsd_decay_fraction=0.2"
         )
-    if s.lr_wsd_decay_fraction is not None and not 0 < s.lr_wsd_decay_fraction <= 1:
-        raise UserError(f"scheduler.lr_wsd_decay_fraction={s.lr_wsd_decay_fraction} must lie in (0, 1]")
+    for key in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
+        if (fraction := getattr(s, key)) is not None and not 0 <= fraction <= 1:
+            raise UserError(f"scheduler.{key}={fraction} must lie in [0, 1]")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise UserError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
     for key in ("adam_beta1", "adam_beta2"):

@@ -254,13 +254,14 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
-    """Learning rate over the run.  Each length may be given in iterations, samples or tokens (at most one of them)."""
+    """Learning rate over the run.  Each length is given in one unit: iterations, samples, tokens, or a fraction of the run."""
 
     lr_decay_style: str = "cosine"  # WSD, cosine, linear or constant
     lr_warmup_init: float = 0.0
     lr_warmup_iters: int | None = None
     lr_warmup_samples: int | None = None
     lr_warmup_tokens: int | None = None
+    lr_warmup_fraction: float | None = None  # of the run
     lr_decay_iters: int | None = None  # where min_lr is reached; default: the end of the run
     lr_decay_samples: int | None = None
     lr_decay_tokens: int | None = None

@@ -35,7 +35,7 @@ TINY: Preset = {
     "train": {"train_iters": 500, "global_batch_size": 8, "micro_batch_size": 8},
     "dataset": {"name": "embedded", "seq_length": 256},
     "optimizer": {"lr": 4e-3, "min_lr": 0.0},
-    "scheduler": {"lr_decay_style": "WSD", "lr_warmup_iters": 40, "lr_wsd_decay_fraction": 0.4},
+    "scheduler": {"lr_decay_style": "WSD", "lr_warmup_fraction": 0.08, "lr_wsd_decay_fraction": 0.4},
     "validation": {"eval_interval": 125, "eval_iters": 16},
 }
 

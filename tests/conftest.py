@@ -14,6 +14,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+torch.set_num_threads(1)  # the tensors are small; threads that wait for each other make a busy machine crawl
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
@@ -38,7 +40,7 @@ def run_script():
                 s.bind(("127.0.0.1", 0))
                 port = s.getsockname()[1]
             command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         return subprocess.run(
             [*command, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
         )

@@ -179,14 +179,11 @@ def check_fits(config: Config, name: str, world: int, device_type: str, ranks_he
     laid_out = p.tp * p.ep * p.pp * p.cp > 1
     ranks = max(world, layout_ranks(config)) if laid_out else world
     need = memory(config, ranks, bf16 or laid_out)
-    if need.total <= 0.95 * have and world >= (layout_ranks(config) if laid_out else 1):
+    if need.total <= 0.95 * have:
         return
     what = f"{world} GPU{'s' * (world > 1)}" if device_type == "cuda" else "no GPU"
-    short = (
-        f"only {world} rank{'s' * (world > 1)}" if need.total <= 0.95 * have else f"{have / GiB:.1f} GiB for each rank"
-    )
     lines = [
-        f"{name} does not fit this machine ({what}, {short}).",
+        f"{name} does not fit this machine ({what}, {have / GiB:.1f} GiB for each rank).",
         report(config, name, ranks, bf16 or laid_out),
         f"run instead: {instead(device_type, have)}",
     ]

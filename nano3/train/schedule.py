@@ -9,7 +9,7 @@ from nano3.config import Config, UserError
 
 
 def in_samples(config: Config, stem: str, default: int) -> int:
-    """The length scheduler.{stem}_{iters,samples,tokens,fraction} in samples; `default` if none is set."""
+    """The length scheduler.STEM_{iters,samples,tokens,fraction} in samples; `default` if none is set."""
     s, run = config.scheduler, config.iterations * config.train.global_batch_size
     if (n := getattr(s, f"{stem}_iters")) is not None:
         return n * config.train.global_batch_size
@@ -48,7 +48,7 @@ def learning_rate(config: Config) -> Callable[[int], float]:
         )
     if s.lr_decay_style == "WSD" and warmup + wsd > end:
         raise UserError(
-            f"scheduler: warm-up ({warmup:,}) and WSD decay ({wsd:,} samples) exceed the schedule ({end:,} samples); "
+            f"scheduler: the warm-up ({warmup:,}) and the WSD decay ({wsd:,} samples) exceed the schedule ({end:,} samples); "
             "shorten scheduler.lr_warmup_iters or scheduler.lr_wsd_decay_fraction"
         )
 

@@ -32,7 +32,7 @@ def geometry(seed: int) -> tuple[ModelConfig, int]:
         num_attention_heads=kv * r.choice([1, 2]),
         num_key_value_heads=kv,
         head_dim=r.choice([8, 16]),
-        mamba_num_heads=groups * r.choice([1, 2]),
+        mamba_num_heads=groups * r.choice([2, 3]),
         mamba_head_dim=r.choice([8, 16]),
         n_groups=groups,
         ssm_state_size=r.choice([8, 16]),
