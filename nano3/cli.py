@@ -1,4 +1,4 @@
-"""From the command line to a validated Config: preset, then --config-file, then flags, then `a.b=v`; later layers win."""
+"""From the command line to a validated Config: preset, --config-file, flags, `a.b=v`, each over what came before."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LENGTHS = ["train.train", "scheduler.lr_warmup", "scheduler.lr_decay", "schedule
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a Nemotron 3 Nano.  Alone (python train.py …) or under torchrun; the two differ in nothing else.",
+        description="Train a Nemotron 3 Nano, alone (python train.py …) or under torchrun; nothing else differs.",
         epilog="Any setting can be given as section.key=value, e.g. train.train_iters=100 optimizer.lr=1e-3.",
     )
     p.add_argument("--mode", choices=["pretrain", "finetune"], required=True)
@@ -163,7 +163,7 @@ def validate(config: Config) -> None:
         )
     if config.iterations < 1:
         raise UserError(
-            f"train: the length given is less than one step of {t.global_batch_size} sequences of {d.seq_length} tokens; "
+            f"train: the length given is less than a step of {t.global_batch_size} x {d.seq_length} tokens; "
             "train longer or lower train.global_batch_size"
         )
     _one_of("train.precision", t.precision, ["auto", "bf16", "fp32"])

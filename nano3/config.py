@@ -1,7 +1,7 @@
-"""Configuration: plain dataclasses, filled by omegaconf from a preset, a YAML file and `a.b=v` overrides, in that order.
+"""Configuration: dataclasses, filled by omegaconf from a preset, a YAML file and `a.b=v` overrides, in that order.
 
 Model fields are spelt as in Hugging Face's config.json, so reading one is a filter; the other sections carry the names
-that users of NVIDIA's scripts type today.  A trailing comment gives the letter or the unit.  Nothing here imports torch.
+that users of NVIDIA's scripts type today.  A trailing comment gives the letter or the unit.  No torch here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KINDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}  # a letter of 
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done.  The text names setting, value and remedy; scripts print it alone."""
+    """What the user asked for cannot be done.  The text names setting, value and remedy; scripts print it alone."""
 
 
 @dataclass(kw_only=True)
@@ -184,7 +184,7 @@ class ModelConfig:
         config.validate()
         if layers is not None and layers != config.num_hidden_layers:
             raise UserError(
-                f"config.json: num_hidden_layers={layers}, but the pattern has {config.num_hidden_layers} letters; correct one"
+                f"config.json: num_hidden_layers={layers}, but the pattern has {config.num_hidden_layers} letters"
             )
         return config
 
@@ -254,7 +254,7 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
-    """Learning rate over the run.  Each length is given in one unit: iterations, samples, tokens, or a fraction of the run."""
+    """Learning rate over the run.  A length comes in one unit: iterations, samples, tokens or a fraction."""
 
     lr_decay_style: str = "cosine"  # WSD, cosine, linear or constant
     lr_warmup_init: float = 0.0

@@ -48,11 +48,12 @@ def hf_name(name: str) -> str:
 def hf_model(c: ModelConfig) -> NemotronHForCausalLM:
     """transformers' model of the same geometry, without its floor under the time step (which no trained model has)."""
     names = (
-        "hybrid_override_pattern vocab_size hidden_size num_attention_heads num_key_value_heads head_dim mamba_num_heads "
-        "mamba_head_dim n_groups ssm_state_size conv_kernel use_conv_bias chunk_size n_routed_experts num_experts_per_tok "
-        "moe_intermediate_size moe_shared_expert_intermediate_size n_group topk_group norm_topk_prob routed_scaling_factor "
-        "intermediate_size layer_norm_epsilon"
-    ).split()
+        "hybrid_override_pattern vocab_size hidden_size num_attention_heads num_key_value_heads head_dim "
+        "mamba_num_heads mamba_head_dim n_groups ssm_state_size conv_kernel use_conv_bias chunk_size n_routed_experts "
+        "num_experts_per_tok moe_intermediate_size moe_shared_expert_intermediate_size n_group topk_group "
+        "norm_topk_prob routed_scaling_factor intermediate_size layer_norm_epsilon"
+    )
+    names = names.split(" ")
     config = NemotronHConfig(**{n: getattr(c, n) for n in names}, expand=2, max_position_embeddings=4096)
     model = NemotronHForCausalLM(config).eval()
     model.config._experts_implementation = "eager"
@@ -91,7 +92,7 @@ def hash_uniform(count: int, stream: int) -> np.ndarray:
 
 @torch.no_grad()
 def fill_by_hash(model: Nano3) -> Nano3:
-    """The golden weights: a function of each tensor's rank among the sorted transformers names, and of its elements' order."""
+    """The golden weights: a function of each tensor's place among the sorted names, and of its elements' order."""
     tensors = named_tensors(model)
     for stream, name in enumerate(sorted(tensors, key=hf_name)):
         u = hash_uniform(tensors[name].numel(), stream)

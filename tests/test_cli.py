@@ -1,4 +1,4 @@
-"""The command line: layering, aliases, and what each mistake says.  Every message must name setting, value and remedy."""
+"""The command line: layering, aliases, and what each mistake says: setting, value and remedy."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_difference_from_the_preset() -> None:
         (["--seq-length", "0"], ["dataset.seq_length=0", "at least 2"]),
         (["--config-file", "missing.yaml"], ["missing.yaml", "no such file"]),
         (["train.global_batch_size=0"], ["train.global_batch_size=0", "at least 1"]),
-        (["train.train_iters=0"], ["less than one step"]),
+        (["train.train_iters=0"], ["less than a step"]),
         (["train.train_iters=5", "train.train_tokens=5"], ["train.train_iters", "train.train_tokens", "give one"]),
         (["scheduler.lr_decay_style=cosin"], ["'cosin'", "did you mean cosine?"]),
         (["train.recompute=[moo]"], ["'moo'", "did you mean moe?"]),
@@ -149,7 +149,7 @@ def test_reading_a_released_config_json() -> None:
     }
     config = ModelConfig.from_hf(released)
     assert (config.hidden_size, config.mamba_num_heads, config.time_step_limit) == (64, 8, [0.0, float("inf")])
-    listed = {**released, "layers_block_type": "linear_attention moe mamba attention moe mlp".split()}
+    listed = {**released, "layers_block_type": ["linear_attention", "moe", "mamba", "attention", "moe", "mlp"]}
     del listed["hybrid_override_pattern"]
     assert ModelConfig.from_hf(listed).hybrid_override_pattern == "MEM*E-"
     assert ModelConfig.from_hf({**released, "attention_head_dim": 96}).head_dim == 96

@@ -1,7 +1,7 @@
 """Data for the first minute: text that every machine has, and token ids that need none.
 
-A data set answers one question: what is sample `index` of a split?  The answer depends on (seed, index) alone, so a batch
-is the same on any number of ranks, and a run resumes anywhere by counting.
+A data set answers one question: what is sample `index` of a split?  The answer depends on (seed, index) alone, so a
+batch is the same on any number of ranks, and a run resumes anywhere by counting.
 """
 
 from __future__ import annotations
@@ -16,17 +16,7 @@ from nano3.config import Config, UserError
 from nano3.data.tokenizer import Tokenizer
 
 VALID_EVERY = 20  # of the embedded files, in their fixed order, every 20th is validation
-SKIPPED = {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "encodings",
-    "pydoc_data",
-}
+SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 class Dataset(Protocol):
@@ -36,11 +26,11 @@ class Dataset(Protocol):
 
 
 class EmbeddedText:
-    """The source text of Python's own standard library, as installed: about 10 MB of good Python.
+    """The source text of Python's own standard library, as installed: about 14 MB of Python.
 
-    Files in the order of their names, each ended by eod and every VALID_EVERY-th held out; tests, IDLE and tables of
-    characters are left out.  Training windows of S + 1 tokens are shuffled anew each epoch; validation windows once, with
-    a seed that no setting changes, so that every run is measured on the same text.
+    Files in the order of their names, each ended by eod and every VALID_EVERY-th held out; tests are left out.
+    Training windows of S + 1 tokens are shuffled anew each epoch; validation windows once, with a seed that no
+    setting changes, so that every run is measured on the same text.
     """
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
@@ -56,8 +46,8 @@ class EmbeddedText:
         self.tokens = {k: np.concatenate(v) if v else np.zeros(0, np.int32) for k, v in parts.items()}
         if (short := min(len(t) for t in self.tokens.values())) <= 2 * seq_length:
             raise UserError(
-                f"dataset.name=embedded: this Python's standard library ({root}) holds {len(files)} source files, too few "
-                f"for windows of dataset.seq_length={seq_length} (a split has {short} tokens); shorten it or use dataset=mock"
+                f"dataset.name=embedded: the standard library ({root}) has {len(files)} source files, too few "
+                f"for windows of dataset.seq_length={seq_length} (a split has {short} tokens); try dataset=mock"
             )
         self._order: tuple[int, np.ndarray, int] | None = None
 
@@ -76,7 +66,7 @@ class EmbeddedText:
 
 
 class MockTokens:
-    """Arithmetic progressions modulo the vocabulary, start and stride drawn per sample: learnable, any length, no files.
+    """Arithmetic progressions modulo the vocabulary, start and stride drawn per sample: learnable, without a file.
 
     The stride is one of 16, so a model that has seen two tokens can know all that follow.
     """

@@ -1,7 +1,7 @@
 """From samples to the micro-batches of one rank.
 
-A global batch is samples [first, first + batch), whatever the number of ranks; rank r of dp takes the r-th equal slice of
-it, in micro-batches.
+A global batch is samples [first, first + batch), whatever the number of ranks; rank r of dp takes the r-th equal
+slice of it, in micro-batches.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def load_tokenizer(name: str, model_vocab: int) -> Tokenizer:
     tokenizer = ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
     if tokenizer.vocab_size > model_vocab:
         raise UserError(
-            f"tokenizer.tokenizer_model={name} has {tokenizer.vocab_size} ids, the model only model.vocab_size={model_vocab}; "
+            f"tokenizer.tokenizer_model={name}: its {tokenizer.vocab_size} ids exceed model.vocab_size={model_vocab}; "
             f"set model.vocab_size={-(-tokenizer.vocab_size // 128) * 128} or choose another tokenizer"
         )
     return tokenizer

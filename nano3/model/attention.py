@@ -1,5 +1,7 @@
-"""Grouped-query attention without positions: no rotary embedding, no norm of q and k, no bias; order enters by causality
-and by the Mamba layers around it."""
+"""Grouped-query attention without positions: no rotary embedding, no norm of q and k, no bias.
+
+Order enters by causality, and by the Mamba layers around it.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ def generate(
     """Yield up to `max_new_tokens` ids that continue `prompt`; a stop id ends the text and is not yielded.
 
     temperature 0 is greedy; otherwise the logits are divided by it and sampled from the smallest set of ids whose
-    probability reaches top_p.  `prefill_chunk`: tokens of the prompt computed at once; it changes memory, not the result.
+    probability reaches top_p.  `prefill_chunk`: tokens of the prompt computed at once; the result does not depend
+    on it.
     """
     if not prompt:
         raise UserError("the prompt is empty: give at least one token to continue")

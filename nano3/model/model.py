@@ -62,7 +62,7 @@ class Nano3(nn.Module):
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, seq_idx: Tensor | None = None, cache: list[LayerState] | None = None) -> Output:
-        """tokens: (B, S) ids; seq_idx: (B, S), the document of each token of a packed row, non-decreasing along the row.
+        """tokens: (B, S) ids; seq_idx: (B, S), the document of each token of a packed row, non-decreasing.
 
         With a cache the row continues what the cache has seen, and the cache moves on by S tokens.
         """

@@ -1,4 +1,4 @@
-"""Mixture of experts: a sigmoid router with a selection bias, squared-ReLU experts, one shared expert; and the dense MLP.
+"""Mixture of experts: a sigmoid router with a selection bias, squared-ReLU experts and a shared one; the dense MLP.
 
 Two forces keep the experts balanced (arXiv:2408.15664, arXiv:2412.19437 section 2.1.2).  After each optimizer step the
 selection bias moves by a fixed amount towards the experts that got too few tokens; and a small auxiliary loss per
@@ -89,7 +89,8 @@ def sequence_balance_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
     """E / (K S^2) * sum_i c_i sum_t p_ti per sequence, (B,): 1 when every expert is chosen equally often.
 
     p are the scores normalised over all experts; c_i counts the tokens whose K largest p, without bias or group limits,
-    hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one sequence.
+    hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one
+    sequence.
     """
     S, E = scores_BSE.shape[1:]
     p = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)
@@ -101,6 +102,6 @@ def sequence_balance_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
 
 @torch.no_grad()
 def update_selection_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """bias_i += rate * sign(mean load - load_i), in place: once per optimizer step, with the counts of the whole step."""
+    """bias_i += rate * sign(mean load - load_i), in place; once per optimizer step, with the whole step's counts."""
     load = counts_E.to(bias_E.dtype)
     bias_E += rate * torch.sign(load.mean() - load)

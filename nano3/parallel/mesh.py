@@ -1,4 +1,4 @@
-"""The process grid.  In this version every rank is data parallel: it holds the whole model and a share of each batch."""
+"""The process grid.  In this version every rank is data parallel: it has the whole model and a share of each batch."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
     DIR/iter_0000200/   config.yaml  model.safetensors  optimizer.safetensors  manifest.json
     DIR/latest_checkpointed_iteration.txt
 
-A checkpoint is written under a temporary name, every file flushed to disk, and renamed when it is whole; only then is the
-pointer replaced.  The manifest lists size and SHA-256 of each file.  Tensors carry the names of the model's attributes.
+A checkpoint is written under a temporary name, every file flushed to disk, and renamed when it is whole; only then is
+the pointer replaced.  The manifest lists size and SHA-256 of each file.  Tensors carry the names of the model's
+attributes.
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ def training_step(
 ) -> StepReport:
     """One optimizer step over this rank's micro-batches of a global batch, both of (B, S) ids on the CPU.
 
-    The loss is the sum over all real tokens of the global batch divided by their number, so gradients do not depend on how
-    the batch is cut into micro-batches or ranks.  Raises TrainingError before anything is updated if it is not finite.
+    The loss is the sum over all real tokens of the global batch divided by their number, so gradients do not depend
+    on how the batch is cut into micro-batches or ranks.  Raises TrainingError before anything is updated if it is not
+    finite.
     """
     model.train()
     c, device = config.model, mesh.device
@@ -129,7 +130,7 @@ class Trainer:
         config, total = self.config, self.config.iterations
         if self.progress.iteration >= total:
             raise UserError(
-                f"checkpoint.load={self.loaded} is at iteration {self.progress.iteration} of {total}: nothing is left to do; "
+                f"checkpoint.load={self.loaded} is at iteration {self.progress.iteration} of {total}: nothing is left; "
                 f"train on with train.train_iters={self.progress.iteration + total}"
             )
         folder = run_folder(config, self.name, self.mesh)
@@ -311,8 +312,8 @@ class Trainer:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of returning it to the system.
 
-    By default each tensor above a few hundred kB is mapped, faulted in page by page and unmapped again: a fifth of the time
-    of a small model on a CPU.  Does nothing where the C library is another.
+    By default each tensor above a few hundred kB is mapped, faulted in page by page and unmapped again: a fifth of
+    the time of a small model on a CPU.  Does nothing where the C library is another.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):

@@ -1,4 +1,4 @@
-"""What a person sees, and what a file keeps: a live line on a terminal, one line a step elsewhere, JSON lines always."""
+"""What a person sees and a file keeps: a live line on a terminal, one line a step elsewhere, JSON lines always."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nano3.config import Config, UserError
 
 
 class Log:
-    """Console, DIR/metrics.jsonl, and TensorBoard or Weights & Biases when asked for.  Ranks but the first are silent."""
+    """Console, DIR/metrics.jsonl, and TensorBoard or Weights & Biases when asked for.  Only the first rank speaks."""
 
     def __init__(self, config: Config, folder: Path, total: int, main: bool) -> None:
         self.main, self.total, self.config = main, total, config

@@ -1,7 +1,7 @@
 """AdamW with fp32 master weights.
 
-Parameters kept in fp32 (or float64) are their own masters.  For bf16 parameters the fp32 master, both moments and an fp32
-gradient live here: each micro-batch's bf16 gradient is added to it as soon as autograd has it, and freed.
+Parameters kept in fp32 (or float64) are their own masters.  For bf16 parameters the fp32 master, both moments and an
+fp32 gradient live here: each micro-batch's bf16 gradient is added to it as soon as autograd has it, and freed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, group: torch.distributed.ProcessGroup | None = None) -> float:
-        """Sum the gradients over the group, clip, update, clear.  Returns the gradient norm before clipping (host sync)."""
+        """Sum the gradients over the group, clip, update, clear.  Returns the norm before clipping (a host sync)."""
         gradients = self.gradients()
         sum_gradients(gradients, group)
         norm = nn.utils.get_total_norm(gradients)

@@ -45,8 +45,9 @@ def training_flops(c: ModelConfig, seq_length: int) -> dict[str, float]:
     """FLOPs per token of one training step by kind of block, and `head`; a multiply-add counts as 2.
 
     Forward plus twice that for the backward pass; 2.5 times for the attention core, which recomputes its scores.  Every
-    weight matrix that a token passes counts once (the K chosen experts, the shared one, the router), plus the SSD's four
-    products at the configured chunk and causal attention at half the square.  Norms and activations are left out.
+    weight matrix that a token passes counts once (the K chosen experts, the shared one, the router), plus the SSD's
+    four products at the configured chunk and causal attention at half the square.  Norms and activations are left
+    out.
     """
     D, S, L = c.hidden_size, seq_length, min(c.chunk_size, seq_length)
     H, P, G, N = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
@@ -81,9 +82,10 @@ class Memory:
 def memory(config: Config, world: int, bf16: bool) -> Memory:
     """The estimate for one rank of `world`, at the layout of the configuration.
 
-    Dense tensors are split over tp, experts over ep, layers over pp; a pipeline's first and last stage carry embedding and
-    head.  bf16: 2 bytes of weight, 4 of fp32 gradient, 12 of master and moments, these last split over the ranks that hold
-    the same tensor where there is a tp, ep or pp layout.  fp32: 4 + 4 + 8.  Activations as the PyTorch path keeps them.
+    Dense tensors are split over tp, experts over ep, layers over pp; a pipeline's first and last stage carry
+    embedding and head.  bf16: 2 bytes of weight, 4 of fp32 gradient, 12 of master and moments, these last split over
+    the ranks that hold the same tensor where there is a tp, ep or pp layout.  fp32: 4 + 4 + 8.  Activations as the
+    PyTorch path keeps them.
     """
     c, p = config.model, config.parallel
     n = parameters(c)
@@ -172,7 +174,7 @@ def report(config: Config, name: str, world: int, bf16: bool) -> str:
 
 
 def check_fits(config: Config, name: str, world: int, device_type: str, ranks_here: int) -> None:
-    """Raise UserError, with the arithmetic and what to run instead, if a rank cannot hold its share.  Allocates nothing."""
+    """Raise UserError, with the arithmetic and what to run instead, if a rank cannot hold its share.  No allocation."""
     bf16 = uses_bf16(config, device_type)
     have = machine_memory(device_type) // (ranks_here if device_type == "cpu" else 1)
     p = config.parallel
@@ -191,7 +193,8 @@ def check_fits(config: Config, name: str, world: int, device_type: str, ranks_he
         nodes = -(-ranks // 8)
         lines.append(
             f"where it fits: torchrun --nnodes={nodes} --nproc-per-node={min(8, ranks)} train.py --mode pretrain "
-            f"--preset {name}, on {ranks} GPUs with {need.total / 0.95 / GiB:.0f} GiB free each"
+            f"--preset {name}, on {ranks} GPUs with {need.total / 0.95 / GiB:.0f} GiB free each "
+            "(this version is data parallel only and does not run that layout yet)"
         )
     raise UserError("\n  ".join(lines))
 

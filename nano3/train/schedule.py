@@ -48,7 +48,7 @@ def learning_rate(config: Config) -> Callable[[int], float]:
         )
     if s.lr_decay_style == "WSD" and warmup + wsd > end:
         raise UserError(
-            f"scheduler: the warm-up ({warmup:,}) and the WSD decay ({wsd:,} samples) exceed the schedule ({end:,} samples); "
+            f"scheduler: the warm-up ({warmup:,}) and the WSD decay ({wsd:,}) exceed the schedule ({end:,} samples); "
             "shorten scheduler.lr_warmup_iters or scheduler.lr_wsd_decay_fraction"
         )
 

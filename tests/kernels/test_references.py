@@ -81,7 +81,7 @@ def test_scan_in_two_parts_and_by_steps_is_the_scan_in_one() -> None:
 
 
 def test_strong_decay_stays_exact_in_fp32() -> None:
-    """Steps whose decay sums reach thousands inside a chunk: what is left of a state must not drown in their rounding."""
+    """Decay sums that reach thousands inside a chunk: what is left of a state must not drown in their rounding."""
     x, dt, _, B, C, D, dt_bias, _ = ssd_inputs(1, 256, 2, 4, 1, 8)
     A = torch.tensor([-16.0, -1.0], dtype=torch.float64)
     args = (x, dt + 2, A, B, C, D, dt_bias)

@@ -1,6 +1,7 @@
 """Every row of the golden table (a tiny model, weights from an integer hash, transformers without its time-step floor).
 
-Bounds: the table prints about 7 digits in fp32 and 11 in float64, so half a unit of its last place is what can be asked.
+Bounds: the table prints about 7 digits in fp32 and 11 in float64, so half a unit of its last place is what can be
+asked.
 """
 
 import pytest

@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) ->
         (folder / "manifest.json").write_text("{")
     else:
         (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("7")
-    with pytest.raises(UserError, match="iter_|manifest"):
+    with pytest.raises(UserError, match=r"iter_|manifest"):
         trainer(f"checkpoint.load={tmp_path}/checkpoints")
 
 
