@@ -24,7 +24,7 @@ _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far (H100: 50 MB)
 
 @dataclass
 class Case:
-    """One operator in one direction at one shape.  `bytes` and `flops`: the least that any implementation must move and do."""
+    """One operator in one direction at one shape.  `bytes`, `flops`: the least anyone moves and does."""
 
     op: str  # "rms_norm forward"
     shape: str  # "T=32768 D=2688"
@@ -45,8 +45,8 @@ def _flush_buffer() -> torch.Tensor:
 def gpu_ms(fn: Callable[[], object], repetitions: int = 25, budget_s: float = 1.0) -> float:
     """Median GPU time of `fn` in ms, with the L2 cache flushed before each repetition.
 
-    The GPU is kept busy (a spin kernel) while the host queues the work, so launches cost nothing unless `fn` waits for the
-    GPU itself; what is left is the time the kernels take back to back.
+    The GPU is kept busy (a spin kernel) while the host queues the work, so launches cost nothing unless `fn` waits for
+    the GPU itself; what is left is the time the kernels take back to back.
     """
     flush = _flush_buffer()
     fn()  # compile, allocate
