@@ -124,15 +124,16 @@ def _backward(x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: f
     dsum_stride = 0 if dsum is None else dsum.stride(0)
     rows, block, warps = tile_of(D, BACKWARD)
     programs, steps = walk(triton.cdiv(T, rows), BACKWARD, x)
+    stages = stages_of(BACKWARD, 3 * rows * block, x)
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     _bwd_kernel[(programs,)](
         x, weight, dy, dsum, dx, partial, T, steps, x.stride(0), dy.stride(0), dsum_stride, eps,
-        D=D, ROWS=rows, BLOCK=block, ADD=dsum is not None, STAGES=stages_of(BACKWARD, 3 * rows * block, x), num_warps=warps,
+        D=D, ROWS=rows, BLOCK=block, ADD=dsum is not None, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return dx, sum_partials(partial, weight.dtype)
 
 
-# What this kernel shares with the other band-limited ones: how wide a tile, how many programs, the sum of their partials.
+# Shared with the other band-limited kernels: how wide a tile, how many programs, the sum of their partials.
 def tile_of(width: int, launch: Launch) -> tuple[int, int, int]:
     """Rows and columns of the tile a program works on, and its warps: at most 16 elements a thread when it walks."""
     block = triton.next_power_of_2(width)
@@ -152,7 +153,7 @@ def walk(tiles: int, launch: Launch, x: Tensor) -> tuple[int, int]:
 
 
 def stages_of(launch: Launch, elements: int, x: Tensor) -> int:
-    """launch.stages, or fewer if iterations that load `elements` of x's dtype would want over 96 KB of shared memory."""
+    """launch.stages, or fewer if loading `elements` of x's dtype a step would want over 96 KB of shared memory."""
     return max(1, min(launch.stages, 1 + 98304 // (elements * x.element_size())))
 
 
@@ -168,7 +169,7 @@ def _sum_kernel(partial_ptr, out_ptr, P, N, ROWS: tl.constexpr, BLOCK: tl.conste
 
 
 def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """(P, N) fp32, contiguous -> the sum over P, (N,), rounded to `dtype`: one launch where sum and cast would be two."""
+    """(P, N) fp32, contiguous -> the sum over P, (N,), rounded to `dtype`: one launch where sum and cast are two."""
     P, N = partial.shape
     out = torch.empty(N, dtype=dtype, device=partial.device)
     _sum_kernel[(triton.cdiv(N, 32),)](partial, out, P, N, ROWS=128, BLOCK=32, num_warps=4)
