@@ -78,8 +78,8 @@ def _bwd_kernel(
     """One program: every num_programs-th tile of ROWS (token, group) rows, `steps` of them.
 
     num_programs * ROWS is a multiple of G, so a row of the tile sees one group all the way: its weights stay in
-    registers and so does its sum.  dy, dz (T, d) contiguous; dweight (num_programs * ROWS, GROUP) fp32, one row for each
-    row of each program's tile, that of group (row % G).
+    registers and so does its sum.  dy, dz (T, d) contiguous; dweight (num_programs * ROWS, GROUP) fp32, one row for
+    each row of each program's tile, that of group (row % G).
     """
     first = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
