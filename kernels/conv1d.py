@@ -19,12 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels._bandwidth import jit, sigmoid, sum_partials, tl
 from kernels._common import accumulate_dtype, triton, use_triton
-from kernels.rms_norm import sum_partials
-
-if triton is not None:
-    import triton.language as tl
-jit = triton.jit if triton is not None else lambda kernel: kernel
 
 
 class Launch(NamedTuple):
@@ -34,8 +30,8 @@ class Launch(NamedTuple):
     stages: int  # loads of this many iterations, of 4 rows each, are in flight through shared memory
 
 
-FORWARD = Launch(block=256, warps=1, programs_per_sm=16, stages=3)
-BACKWARD = Launch(block=256, warps=1, programs_per_sm=10, stages=3)
+FORWARD = Launch(block=256, warps=1, programs_per_sm=14, stages=3)
+BACKWARD = Launch(block=128, warps=1, programs_per_sm=12, stages=3)
 MIN_ROWS = 16  # of a run: below this, reading the neighbours' last rows again and the partial sums cost too much
 
 
@@ -129,10 +125,10 @@ def _convolve(x, w, bias, W: tl.constexpr):
 @jit
 def _silu_row(x, d, w, bias, W: tl.constexpr, SEQ: tl.constexpr):
     a = _convolve(_taps(x, d, SEQ), w, bias, W)
-    return a * tl.sigmoid(a)
+    return a * sigmoid(a)
 
 
-@jit
+@jit(do_not_specialize=["S", "steps"])
 def _fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, seq_ptr, initial_ptr, y_ptr, S, C, steps, x_batch, x_row,
     W: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, SEQ: tl.constexpr, INITIAL: tl.constexpr,
@@ -207,7 +203,7 @@ def _row_grad(dy, x, d, w, bias, sums, own, W: tl.constexpr, SEQ: tl.constexpr):
     """g of one row, and the sums that become dweight and dbias, moved on by this row if it is the run's own."""
     x = _taps(x, d, SEQ)
     a = _convolve(x, w, bias, W)
-    s = tl.sigmoid(a)
+    s = sigmoid(a)
     g = dy * (s + a * s * (1.0 - s))
     n = tl.where(own, g, 0.0)
     dw0, dw1, dw2, dw3, dbias = sums
@@ -231,7 +227,7 @@ def _row_dx(g, d, w, W: tl.constexpr, SEQ: tl.constexpr):
 
 # With a the sum under the SiLU and s = sigmoid(a):   g[t] = dy[t] * (s + a s (1 - s)),
 # dx[t] = sum_n w_n g[t+n],   dw_n = sum_t g[t] x[t-n],   dbias = sum_t g[t];   only within a document.
-@jit
+@jit(do_not_specialize=["S", "steps"])
 def _bwd_kernel(
     x_ptr, weight_ptr, bias_ptr, seq_ptr, initial_ptr, dy_ptr, dx_ptr, dinitial_ptr, partial_ptr,
     S, C, steps, x_batch, x_row, dy_batch, dy_row,
@@ -412,7 +408,7 @@ def _step_kernel(
     a = tl.sum(window.to(tl.float32) * weight.to(tl.float32), axis=0)
     if BIAS:
         a += tl.load(bias_ptr + cols, mask=live, other=0.0).to(tl.float32)
-    tl.store(y_ptr + batch * C + cols, a * tl.sigmoid(a), mask=live)
+    tl.store(y_ptr + batch * C + cols, a * sigmoid(a), mask=live)
 
 
 def _step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

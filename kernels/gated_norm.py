@@ -19,12 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels._bandwidth import MAX_WIDTH, Launch, as_rows, jit, sigmoid, stages_of, sum_partials, tile_of, tl, walk
 from kernels._common import accumulate_dtype, triton, use_triton
-from kernels.rms_norm import MAX_WIDTH, Launch, as_rows, stages_of, sum_partials, tile_of, walk
-
-if triton is not None:
-    import triton.language as tl
-jit = triton.jit if triton is not None else lambda kernel: kernel
 
 FORWARD = Launch(tile=4096, warps=8)  # Nano: the 8 groups of 512 of one token
 BACKWARD = Launch(tile=2048, warps=8, programs_per_sm=2, stages=3)  # twice the tile: one program fits on an SM, not two
@@ -38,7 +34,7 @@ def gated_rms_norm_reference(y: Tensor, z: Tensor, weight: Tensor, groups: int, 
     return (u.flatten(-2) * weight.to(acc)).to(y.dtype)
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def _fwd_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr, T, y_stride, z_stride, eps,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -51,7 +47,7 @@ def _fwd_kernel(
     y = tl.load(y_ptr + token * y_stride + channel, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     z = tl.load(z_ptr + token * z_stride + channel, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    u = y * (z * tl.sigmoid(z))
+    u = y * (z * sigmoid(z))
     rstd = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) * (1.0 / GROUP) + eps)  # [ROWS, 1]
     tl.store(out_ptr + token * (G * GROUP) + channel, u * rstd * weight, mask=mask)
 
@@ -70,7 +66,7 @@ def _forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> T
 
 # With n = u * rstd and m = mean(weight * dout * n):   du = rstd * (weight * dout - n * m),   dweight = sum_t dout * n;
 # s = sigmoid(z):   dy = du * z * s,   dz = du * y * s * (1 + z * (1 - s)).
-@jit
+@jit(do_not_specialize=["T", "steps"])
 def _bwd_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr, T, steps, y_stride, z_stride, dout_stride, eps,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -93,8 +89,8 @@ def _bwd_kernel(
         y = tl.load(y_ptr + token * y_stride + channel, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         z = tl.load(z_ptr + token * z_stride + channel, mask=mask, other=0.0).to(tl.float32)
         dout = tl.load(dout_ptr + token * dout_stride + channel, mask=mask, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(z)
-        silu = z * sigmoid
+        s = sigmoid(z)
+        silu = z * s
         u = y * silu
         wdout = weight * dout
         rstd = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) * (1.0 / GROUP) + eps)  # [ROWS, 1]
@@ -104,7 +100,7 @@ def _bwd_kernel(
         dweight += dout * n
         du = (wdout - n * m) * rstd
         tl.store(dy_ptr + token * (G * GROUP) + channel, du * silu, mask=mask)
-        tl.store(dz_ptr + token * (G * GROUP) + channel, du * y * (sigmoid + silu * (1.0 - sigmoid)), mask=mask)
+        tl.store(dz_ptr + token * (G * GROUP) + channel, du * y * (s + silu * (1.0 - s)), mask=mask)
     tl.store(dweight_ptr + first.to(tl.int64) * GROUP + cols, dweight, mask=cols < GROUP)
 
 

@@ -12,29 +12,12 @@ in elements: 2 T D forward and 3 T D backward; with the add 4 T D each way.  All
 
 from __future__ import annotations  # so that tl.constexpr is not looked up where there is no triton
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels._bandwidth import MAX_WIDTH, Launch, as_rows, jit, stages_of, sum_partials, tile_of, tl, walk
 from kernels._common import accumulate_dtype, triton, use_triton
-
-if triton is not None:
-    import triton.language as tl
-jit = triton.jit if triton is not None else lambda kernel: kernel
-
-MAX_WIDTH = 8192  # a row is held in the registers of one program; twice as wide, the backward spills
-
-
-class Launch(NamedTuple):
-    """How a row kernel is launched: `tile` elements at least (several short rows), or one row if that is longer."""
-
-    tile: int
-    warps: int
-    programs_per_sm: int = 0  # of a kernel that walks over the rows; 0: one tile per program
-    stages: int = 1  # loads of this many iterations are in flight, through shared memory
-
 
 FORWARD = Launch(tile=2048, warps=4)
 BACKWARD = Launch(tile=2048, warps=8, programs_per_sm=2, stages=3)
@@ -50,7 +33,7 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(new_residual, weight, eps), new_residual
 
 
-@jit
+@jit(do_not_specialize=["T"])
 def _fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, T, x_stride, residual_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
@@ -85,7 +68,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
 
 # With n = x * rstd and m = mean(weight * dy * n):   dx = rstd * (weight * dy - n * m),   dweight = sum_t dy * n.
 # With the residual add, both addends receive dx plus the gradient that reaches the sum from later layers.
-@jit
+@jit(do_not_specialize=["T", "steps"])
 def _bwd_kernel(
     x_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, steps, x_stride, dy_stride, dsum_stride, eps,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
@@ -131,55 +114,6 @@ def _backward(x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: f
         D=D, ROWS=rows, BLOCK=block, ADD=dsum is not None, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return dx, sum_partials(partial, weight.dtype)
-
-
-# Shared with the other band-limited kernels: how wide a tile, how many programs, the sum of their partials.
-def tile_of(width: int, launch: Launch) -> tuple[int, int, int]:
-    """Rows and columns of the tile a program works on, and its warps: at most 16 elements a thread when it walks."""
-    block = triton.next_power_of_2(width)
-    rows = max(1, launch.tile // block)
-    per_warp = 512 if launch.programs_per_sm else 1024
-    return rows, block, min(16, max(launch.warps, rows * block // per_warp))
-
-
-def walk(tiles: int, launch: Launch, x: Tensor) -> tuple[int, int]:
-    """Programs of a kernel that walks over `tiles`, and the steps of each.
-
-    The same on every call on one device: sums come out bit for bit alike.  On a CPU (interpreted) few, but not one.
-    """
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    steps = triton.cdiv(tiles, sms * launch.programs_per_sm)
-    return triton.cdiv(tiles, steps), steps
-
-
-def stages_of(launch: Launch, elements: int, x: Tensor) -> int:
-    """launch.stages, or fewer if loading `elements` of x's dtype a step would want over 96 KB of shared memory."""
-    return max(1, min(launch.stages, 1 + 98304 // (elements * x.element_size())))
-
-
-@jit
-def _sum_kernel(partial_ptr, out_ptr, P, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: BLOCK columns.  partial (P, N) fp32, out (N,), both contiguous; always in the same order."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in tl.range(0, P, ROWS):
-        rows = first + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partial_ptr + rows * N + cols, mask=(rows < P) & (cols < N), other=0.0)
-    tl.store(out_ptr + cols, tl.sum(total, axis=0, keep_dims=True), mask=cols < N)
-
-
-def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """(P, N) fp32, contiguous -> the sum over P, (N,), rounded to `dtype`: one launch where sum and cast are two."""
-    P, N = partial.shape
-    out = torch.empty(N, dtype=dtype, device=partial.device)
-    _sum_kernel[(triton.cdiv(N, 32),)](partial, out, P, N, ROWS=128, BLOCK=32, num_warps=4)
-    return out
-
-
-def as_rows(t: Tensor) -> Tensor:
-    """(..., D) -> (T, D) with a contiguous last dimension: a view wherever the strides allow one."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
