@@ -192,15 +192,17 @@ compiled_gated_norm = torch.compile(gated_norm.gated_rms_norm_reference, dynamic
 compiled_conv = torch.compile(conv1d.causal_conv1d_reference, dynamic=False)
 
 
-def problems(T: int) -> Iterator[Problem]:
-    """The operators at Nano's shapes, one at a time."""
+def problems(T: int, only: str = "") -> Iterator[Problem]:
+    """The operators at Nano's shapes, one at a time; `only` those whose function is named so."""
     for make in (norm_problem, add_norm_problem, gated_problem, conv_problem):
-        yield make(T, torch.bfloat16)
-    yield conv_problem(T, torch.bfloat16, documents="some")
+        if make.__name__.startswith(only):
+            yield make(T, torch.bfloat16)
+    if "conv_problem".startswith(only):
+        yield conv_problem(T, torch.bfloat16, documents="some")
 
 
-def cases(T: int) -> Iterator[Case]:
-    for p in problems(T):
+def cases(T: int, only: str = "") -> Iterator[Case]:
+    for p in problems(T, only):
         item = p.inputs[0].element_size()
         for i, direction in enumerate(("forward", "backward")):
             timed = getattr(p, direction)
@@ -246,7 +248,7 @@ def check() -> bool:
     return right
 
 
-def sweep(T: int) -> None:
+def sweep(T: int, only: str) -> None:
     """Times of every launch configuration, best first, with the share of copy bandwidth."""
     rows_forward = [Launch(tile, warps) for tile, warps in product((2048, 4096, 8192), (2, 4, 8))]
     rows_backward = [
@@ -262,7 +264,7 @@ def sweep(T: int) -> None:
         )
         if block >= lanes and per_sm * block // lanes <= 32
     ]
-    for p in problems(T):
+    for p in problems(T, only):
         module = {"conv1d_silu": conv1d, "gated_rms_norm": gated_norm}.get(p.op, rms_norm)
         for i, direction in enumerate(("forward", "backward")):
             name = direction.upper()
@@ -291,6 +293,7 @@ def main() -> list[dict]:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("-T", type=int, nargs="+", default=[8192, 32768], help="tokens")
+    parser.add_argument("--only", default="", help="one operator: norm, add_norm, gated or conv")
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -299,9 +302,9 @@ def main() -> list[dict]:
         raise SystemExit(0 if check() else 1)
     if options.sweep:
         for T in options.T:
-            sweep(T)
+            sweep(T, options.only)
         return []
-    records = [r for T in options.T for r in run_cases(cases(T))]
+    records = [r for T in options.T for r in run_cases(cases(T, options.only))]
     print_table(records, f"copy {copy_bandwidth() / 1e12:.2f} TB/s")
     print_json(records)
     return records

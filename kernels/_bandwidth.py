@@ -20,9 +20,6 @@ else:  # kernels are defined all the same, and never run
         return kernel or jit
 
 
-MAX_WIDTH = 8192  # a row is held in the registers of one program; twice as wide, the backward spills
-
-
 class Launch(NamedTuple):
     """How a row kernel is launched: `tile` elements at least (several short rows), or one row if that is longer."""
 

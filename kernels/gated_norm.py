@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels._bandwidth import MAX_WIDTH, Launch, as_rows, jit, sigmoid, stages_of, sum_partials, tile_of, tl, walk
+from kernels._bandwidth import Launch, as_rows, jit, sigmoid, stages_of, sum_partials, tile_of, tl, walk
 from kernels._common import accumulate_dtype, triton, use_triton
 
+MAX_GROUP = 4096  # channels; a group twice as wide makes the backward spill
 FORWARD = Launch(tile=4096, warps=8)  # Nano: the 8 groups of 512 of one token
 BACKWARD = Launch(tile=2048, warps=8, programs_per_sm=2, stages=3)  # twice the tile: one program fits on an SM, not two
 
@@ -144,7 +145,7 @@ class _GatedRMSNorm(torch.autograd.Function):
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float, backend: str = "auto") -> Tensor:
     """y, z: (..., d); weight: (d,); returns (..., d) in y's dtype.  Gate, sums and weight in fp32, one rounding.
 
-    Any strides: tokens may lie apart (a slice of a wider tensor) without a copy.  Any group width; beyond MAX_WIDTH it
+    Any strides: tokens may lie apart (a slice of a wider tensor) without a copy.  Any group width; beyond MAX_GROUP it
     runs in PyTorch.  Differentiable in y, z and weight.  Raises ValueError if d is not a multiple of `groups` or shapes
     differ.
     """
@@ -155,6 +156,6 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
             f"gated_rms_norm: y {tuple(y.shape)}, z {tuple(z.shape)} and weight {tuple(weight.shape)} do not fit; "
             "give (..., d), (..., d), (d,)"
         )
-    if not use_triton(y, backend) or y.shape[-1] // groups > MAX_WIDTH or y.numel() == 0:
+    if not use_triton(y, backend) or y.shape[-1] // groups > MAX_GROUP or y.numel() == 0:
         return gated_rms_norm_reference(y, z, weight, groups, eps)
     return _GatedRMSNorm.apply(y, z, weight, groups, eps)

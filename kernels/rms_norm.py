@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels._bandwidth import MAX_WIDTH, Launch, as_rows, jit, stages_of, sum_partials, tile_of, tl, walk
+from kernels._bandwidth import Launch, as_rows, jit, stages_of, sum_partials, tile_of, tl, walk
 from kernels._common import accumulate_dtype, triton, use_triton
 
+MAX_WIDTH = 8192  # a row is held in the registers of one program; twice as wide, the backward spills
 FORWARD = Launch(tile=2048, warps=4)
 BACKWARD = Launch(tile=2048, warps=8, programs_per_sm=2, stages=3)
 
