@@ -250,19 +250,19 @@ def check() -> bool:
 
 def sweep(T: int, only: str) -> None:
     """Times of every launch configuration, best first, with the share of copy bandwidth."""
-    rows_forward = [Launch(tile, warps) for tile, warps in product((2048, 4096, 8192), (2, 4, 8))]
-    rows_backward = [
+    walking = [
         Launch(tile, warps, per_sm, stages)
         for tile, (warps, per_sm), stages in product(
-            (2048, 4096), ((4, 2), (4, 3), (4, 4), (8, 1), (8, 2), (8, 3)), (1, 2, 3, 4)
+            (2048, 4096), ((4, 2), (4, 3), (4, 4), (4, 6), (8, 1), (8, 2), (8, 3), (8, 4)), (1, 2, 3, 4)
         )
     ]
+    rows_forward = [Launch(tile, warps) for tile, warps in product((2048, 4096, 8192), (2, 4, 8))] + walking
     conv = [
-        conv1d.Launch(block, block // lanes, per_sm, stages)
-        for block, lanes, per_sm, stages in product(
-            (128, 256, 512), (128, 256), (6, 8, 10, 12, 14, 16, 20, 24), (1, 2, 3, 4)
+        conv1d.Launch(block, block // lanes, warps_per_sm * lanes // block, stages)
+        for block, lanes, warps_per_sm, stages in product(
+            (128, 256, 512, 1024), (128, 256), (8, 12, 16, 20, 24, 32), (2, 3, 4)
         )
-        if block >= lanes and per_sm * block // lanes <= 32
+        if block >= lanes and warps_per_sm * lanes >= block
     ]
     for p in problems(T, only):
         module = {"conv1d_silu": conv1d, "gated_rms_norm": gated_norm}.get(p.op, rms_norm)
@@ -270,7 +270,7 @@ def sweep(T: int, only: str) -> None:
             name = direction.upper()
             chosen = getattr(module, name)
             tried = {}
-            for launch in dict.fromkeys([chosen, *(conv if module is conv1d else (rows_forward, rows_backward)[i])]):
+            for launch in dict.fromkeys([chosen, *(conv if module is conv1d else (rows_forward, walking)[i])]):
                 setattr(module, name, launch)
                 try:
                     tried[launch] = gpu_ms(getattr(p, direction)(p.ours), repetitions=9)

@@ -48,10 +48,12 @@ def tile_of(width: int, launch: Launch) -> tuple[int, int, int]:
 
 
 def walk(tiles: int, launch: Launch, x: Tensor) -> tuple[int, int]:
-    """Programs of a kernel that walks over `tiles`, and the steps of each.
+    """Programs of a kernel that walks over `tiles`, and the steps of each; or as many as tiles, of one step.
 
     The same on every call on one device: sums come out bit for bit alike.  On a CPU (interpreted) few, but not one.
     """
+    if not launch.programs_per_sm:
+        return tiles, 1
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     steps = triton.cdiv(tiles, sms * launch.programs_per_sm)
     return triton.cdiv(tiles, steps), steps

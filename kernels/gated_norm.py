@@ -35,32 +35,47 @@ def gated_rms_norm_reference(y: Tensor, z: Tensor, weight: Tensor, groups: int, 
     return (u.flatten(-2) * weight.to(acc)).to(y.dtype)
 
 
-@jit(do_not_specialize=["T"])
+# In both kernels a program takes every num_programs-th tile of ROWS (token, group) rows, `steps` of them.  As
+# num_programs * ROWS is a multiple of G, a row of the tile sees one group all the way: its weights stay in registers.
+@jit(do_not_specialize=["T", "steps"])
 def _fwd_kernel(
-    y_ptr, z_ptr, weight_ptr, out_ptr, T, y_stride, z_stride, eps,
-    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    y_ptr, z_ptr, weight_ptr, out_ptr, T, steps, y_stride, z_stride, eps,
+    G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS (token, group) rows.  y, z (T, d) with token strides; out (T, d) contiguous; weight (d,)."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    """y, z (T, d) with token strides; out (T, d) contiguous; weight (d,)."""
+    first = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    mask = (rows < T * G) & (cols < GROUP)
-    token, channel = (rows // G).to(tl.int64), rows % G * GROUP + cols
-    y = tl.load(y_ptr + token * y_stride + channel, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-    z = tl.load(z_ptr + token * z_stride + channel, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + channel, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    u = y * (z * sigmoid(z))
-    rstd = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) * (1.0 / GROUP) + eps)  # [ROWS, 1]
-    tl.store(out_ptr + token * (G * GROUP) + channel, u * rstd * weight, mask=mask)
+    channel = first % G * GROUP + cols  # [ROWS, BLOCK]
+    first_token = (first // G).to(tl.int64)
+    weight = tl.load(weight_ptr + channel, mask=cols < GROUP, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        token = first_token + step * (tl.num_programs(0) * ROWS // G)  # [ROWS, 1]
+        mask = (token < T) & (cols < GROUP)
+        y = tl.load(y_ptr + token * y_stride + channel, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        z = tl.load(z_ptr + token * z_stride + channel, mask=mask, other=0.0).to(tl.float32)
+        u = y * (z * sigmoid(z))
+        rstd = tl.rsqrt(tl.sum(u * u, axis=1, keep_dims=True) * (1.0 / GROUP) + eps)  # [ROWS, 1]
+        tl.store(out_ptr + token * (G * GROUP) + channel, u * rstd * weight, mask=mask)
+
+
+def _tiles(y: Tensor, groups: int, launch: Launch) -> tuple[int, int, int, int, int]:
+    """Rows, columns and warps of a tile; programs and their steps."""
+    rows, block, warps = tile_of(y.shape[1] // groups, launch)
+    programs, _ = walk(triton.cdiv(y.shape[0] * groups, rows), launch, y)
+    whole = groups // math.gcd(groups, rows)  # programs whose tiles together hold every group equally often
+    programs = triton.cdiv(programs, whole) * whole
+    return rows, block, warps, programs, triton.cdiv(y.shape[0] * groups, programs * rows)
 
 
 def _forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
     """y, z: (T, d), last dimension contiguous."""
     T, d = y.shape
     out = torch.empty(T, d, dtype=y.dtype, device=y.device)
-    rows, block, warps = tile_of(d // groups, FORWARD)
-    _fwd_kernel[(triton.cdiv(T * groups, rows),)](
-        y, z, weight, out, T, y.stride(0), z.stride(0), eps,
-        G=groups, GROUP=d // groups, ROWS=rows, BLOCK=block, num_warps=warps,
+    rows, block, warps, programs, steps = _tiles(y, groups, FORWARD)
+    _fwd_kernel[(programs,)](
+        y, z, weight, out, T, steps, y.stride(0), z.stride(0), eps,
+        G=groups, GROUP=d // groups, ROWS=rows, BLOCK=block, STAGES=stages_of(FORWARD, 2 * rows * block, y),
+        num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -72,11 +87,9 @@ def _bwd_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr, T, steps, y_stride, z_stride, dout_stride, eps,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: every num_programs-th tile of ROWS (token, group) rows, `steps` of them.
+    """y, z, dout (T, d) with token strides; dy, dz (T, d) contiguous; weight (d,).
 
-    num_programs * ROWS is a multiple of G, so a row of the tile sees one group all the way: its weights stay in
-    registers and so does its sum.  dy, dz (T, d) contiguous; dweight (num_programs * ROWS, GROUP) fp32, one row for
-    each row of each program's tile, that of group (row % G).
+    dweight (num_programs * ROWS, GROUP) fp32: a sum for each row of each program's tile, that of group (row % G).
     """
     first = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
@@ -112,11 +125,7 @@ def _backward(
     T, d = y.shape
     dy = torch.empty(T, d, dtype=y.dtype, device=y.device)
     dz = torch.empty(T, d, dtype=z.dtype, device=y.device)
-    rows, block, warps = tile_of(d // groups, BACKWARD)
-    programs, _ = walk(triton.cdiv(T * groups, rows), BACKWARD, y)
-    whole = groups // math.gcd(groups, rows)  # programs whose tiles together hold every group equally often
-    programs = triton.cdiv(programs, whole) * whole
-    steps = triton.cdiv(T * groups, programs * rows)
+    rows, block, warps, programs, steps = _tiles(y, groups, BACKWARD)
     partial = torch.empty(programs * rows, d // groups, dtype=torch.float32, device=y.device)
     _bwd_kernel[(programs,)](
         y, z, weight, dout, dy, dz, partial, T, steps, y.stride(0), z.stride(0), dout.stride(0), eps,

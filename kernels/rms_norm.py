@@ -34,24 +34,29 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(new_residual, weight, eps), new_residual
 
 
-@jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T", "steps"])
 def _fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, T, x_stride, residual_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, T, steps, x_stride, residual_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows.  x, residual (T, D) with row strides; y, sum (T, D) contiguous; weight (D,)."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
+    """One program: every num_programs-th tile of ROWS rows, `steps` of them.
+
+    x, residual (T, D) with row strides; y, sum (T, D) contiguous; weight (D,).
+    """
+    first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
-    mask = (rows < T) & (cols < D)
-    x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    if ADD:
-        x += tl.load(residual_ptr + rows * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        rounded = x.to(sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + rows * D + cols, rounded, mask=mask)
-        x = rounded.to(tl.float32)  # what the next layer will read is what is normalised
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) * (1.0 / D) + eps)  # [ROWS, 1]
-    tl.store(y_ptr + rows * D + cols, x * rstd * weight, mask=mask)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        rows = first + step * (tl.num_programs(0) * ROWS)
+        mask = (rows < T) & (cols < D)
+        x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+        if ADD:
+            x += tl.load(residual_ptr + rows * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            rounded = x.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + rows * D + cols, rounded, mask=mask)
+            x = rounded.to(tl.float32)  # what the next layer will read is what is normalised
+        rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) * (1.0 / D) + eps)  # [ROWS, 1]
+        tl.store(y_ptr + rows * D + cols, x * rstd * weight, mask=mask)
 
 
 def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
@@ -59,10 +64,13 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     T, D = x.shape
     y = torch.empty(T, D, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
+    residual_stride = 0 if residual is None else residual.stride(0)
     rows, block, warps = tile_of(D, FORWARD)
-    _fwd_kernel[(triton.cdiv(T, rows),)](
-        x, residual, weight, y, total, T, x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        D=D, ROWS=rows, BLOCK=block, ADD=residual is not None, num_warps=warps,
+    programs, steps = walk(triton.cdiv(T, rows), FORWARD, x)
+    stages = stages_of(FORWARD, 2 * rows * block, x)
+    _fwd_kernel[(programs,)](
+        x, residual, weight, y, total, T, steps, x.stride(0), residual_stride, eps,
+        D=D, ROWS=rows, BLOCK=block, ADD=residual is not None, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y, total
 

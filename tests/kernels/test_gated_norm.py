@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.gated_norm
+from kernels._bandwidth import Launch
 from kernels.gated_norm import gated_rms_norm, gated_rms_norm_reference
 from tests.kernels.conftest import assert_as_accurate, relative_error
 
@@ -37,6 +39,19 @@ def test_fp32(T: int, d: int, groups: int, device: str, poisoned_empty: None) ->
     dout = strided(T, d, device)
     ours = run(gated_rms_norm, inputs, groups, dout, torch.float32)
     truth = run(gated_rms_norm_reference, inputs, groups, dout, torch.float64)
+    for name in truth:
+        assert relative_error(ours[name], truth[name]) < FP32, name
+
+
+@pytest.mark.parametrize("launch", [Launch(64, 4, programs_per_sm=3, stages=2), Launch(64, 1)], ids=["walk", "tiles"])
+def test_every_way_to_launch(
+    launch: Launch, device: str, poisoned_empty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.gated_norm, "FORWARD", launch)
+    monkeypatch.setattr(kernels.gated_norm, "BACKWARD", launch)
+    y, z, weight = torch.randn(13, 72, device=device), torch.randn(13, 72, device=device), torch.rand(72, device=device)
+    ours = run(gated_rms_norm, [y, z, weight], 3, z, torch.float32)  # 3 groups in tiles of 2 rows
+    truth = run(gated_rms_norm_reference, [y, z, weight], 3, z, torch.float64)
     for name in truth:
         assert relative_error(ours[name], truth[name]) < FP32, name
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.rms_norm
+from kernels._bandwidth import Launch
 from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from tests.kernels.conftest import assert_as_accurate, relative_error
 
@@ -48,6 +50,19 @@ def test_add_rms_norm_fp32(T: int, D: int, device: str, poisoned_empty: None) ->
     grads = [strided(T, D, device), strided(T, D, device)]
     ours = run(add_rms_norm, inputs, grads, torch.float32)
     truth = run(add_rms_norm_reference, inputs, grads, torch.float64)
+    for name in truth:
+        assert relative_error(ours[name], truth[name]) < FP32, name
+
+
+@pytest.mark.parametrize("launch", [Launch(64, 4, programs_per_sm=3, stages=2), Launch(64, 1)], ids=["walk", "tiles"])
+def test_every_way_to_launch(
+    launch: Launch, device: str, poisoned_empty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels.rms_norm, "FORWARD", launch)
+    monkeypatch.setattr(kernels.rms_norm, "BACKWARD", launch)
+    inputs = [torch.randn(13, 24, device=device), torch.randn(13, 24, device=device), torch.rand(24, device=device)]
+    ours = run(add_rms_norm, inputs, inputs[:2], torch.float32)
+    truth = run(add_rms_norm_reference, inputs, inputs[:2], torch.float64)
     for name in truth:
         assert relative_error(ours[name], truth[name]) < FP32, name
 
