@@ -1,8 +1,9 @@
 """Causal grouped-query attention: softmax(q k^T / sqrt(d)) v, query head j reading key-value head j // (Hq / Hkv).
 
-Our kernels (`kernels.attention_forward`, `kernels.attention_backward`) never hold the scores, skip keys ahead of the query
-and, in packed rows, keys of other documents; for the backward pass they keep q, k, v, the output and one fp32 number a query
-and head.  PyTorch's scaled_dot_product_attention does the plain causal square as well, through cuDNN where it can.
+Our kernels (`kernels.attention_forward`, `kernels.attention_backward`) never hold the scores, skip keys ahead of the
+query and, in packed rows, keys of other documents; for the backward pass they keep q, k, v, the output and one fp32
+number a query and head.  PyTorch's scaled_dot_product_attention does the plain causal square as well, through cuDNN
+where it can.
 """
 
 import torch
@@ -17,7 +18,8 @@ if triton is not None:
     from kernels.attention_forward import describable, launch_decode, launch_forward
 
 # What "auto" means for the plain causal square on a CUDA device, the case that cuDNN is made for.  Measured there, see
-# benchmarks/kernels_attention.py.  Packed rows, a cache and single queries are always ours: elsewhere they cost a dense mask.
+# benchmarks/kernels_attention.py.  Packed rows, a cache and single queries are always ours: elsewhere they cost a
+# dense mask.
 AUTO_ON_CUDA = "torch"
 
 TORCH_ORDER = [
@@ -112,11 +114,11 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None, backend: st
 def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, backend: str = "auto") -> Tensor:
     """q: (B, Sq, Hq, d); k, v: (B, Skv, Hkv, d); returns (B, Sq, Hq, d) in q's dtype.
 
-    The queries are the last Sq of the Skv positions (a cached prefill or a decoding step has Sq < Skv).  seq_idx: (B, S)
-    integers that never decrease along a row, the document of each token of a packed row; it needs Sq == Skv.  Softmax in
-    fp32.  Gradients for q, k and v are sums in a fixed order: two runs agree to the bit.
-    backend: "triton" is our kernels, "torch" PyTorch's scaled_dot_product_attention (cuDNN first), "auto" the faster of the
-    two.  What ours do not cover (d > 256, rows that are no multiple of 16 bytes, float64) runs in PyTorch.
+    The queries are the last Sq of the Skv positions (cached prefill and decoding have Sq < Skv).  seq_idx: (B, S)
+    integers that never decrease along a row, the document of each token of a packed row; it needs Sq == Skv.  Softmax
+    in fp32.  Gradients for q, k and v are sums in a fixed order: two runs agree to the bit.
+    backend: "triton" is our kernels, "torch" PyTorch's scaled_dot_product_attention (cuDNN first), "auto" the faster
+    of the two.  What ours do not cover (d > 256, rows that are no multiple of 16 bytes, float64) runs in PyTorch.
     Raises ValueError if Hq is not a multiple of Hkv, seq_idx comes with a cache, or the backend is unknown.
     """
     if q.shape[2] % k.shape[2]:

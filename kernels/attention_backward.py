@@ -3,11 +3,11 @@
     P = exp2(S - lse)      delta = rowsum(dO * O)      dS = P * (dO V^T - delta)
     dQ = scale dS K        dK = scale dS^T Q           dV = P^T dO
 
-Two kernels, each computing S again (7 products instead of 5, the price of no atomics): one owns queries and makes delta and
-dQ; the other owns keys and makes dK and dV from S^T = K Q^T and dP^T = V dO^T, transposed from the start because
-transposing a product's result is what Triton's Hopper backend has miscompiled.  The heads of a group add into the same dK
-and dV: each program takes some of them one after the other, and where that leaves too few programs to fill a GPU, parts go
-to fp32 slots that a last kernel adds in order.  Source: FlashAttention-2, arXiv:2307.08691.
+Two kernels, each computing S again (7 products instead of 5, the price of no atomics): one owns queries and makes
+delta and dQ; the other owns keys and makes dK and dV from S^T = K Q^T and dP^T = V dO^T, transposed from the start
+because transposing a product's result is what Triton's Hopper backend has miscompiled.  The heads of a group add into
+the same dK and dV: each program takes some of them one after the other, and where that leaves too few programs to
+fill a GPU, parts go to fp32 slots that a last kernel adds in order.  Source: FlashAttention-2, arXiv:2307.08691.
 """
 
 import torch
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kernels.attention_forward import LOG2_E, Tile, describe, padded_length, width_of
 
-QUERY_TILE = {2: Tile(128, 64, 8, 3), 4: Tile(32, 16, 8, 1)}
-KEY_TILE = {2: Tile(64, 128, 8, 2), 4: Tile(16, 32, 8, 1)}
+QUERY_TILE = {2: Tile(128, 64, 8, 3), 4: Tile(16, 16, 8, 1)}
+KEY_TILE = {2: Tile(64, 128, 8, 2), 4: Tile(16, 16, 8, 1)}
 ENOUGH_PROGRAMS = 512  # about four a multiprocessor: the long ones then even out
 
 
@@ -89,20 +89,26 @@ def _query_kernel(
 
 
 @triton.jit
-def _key_step(dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, row0, line, visible, scale,
-              M: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _key_step(
+    dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, row0, line, key, stop, shift, scale,
+    M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
     """dk, dv (N, WIDTH) += what M queries of one head from row0 contribute."""
     q = q_desc.load([b, head, row0, 0]).reshape([M, WIDTH])
     do = do_desc.load([b, head, row0, 0]).reshape([M, WIDTH])
-    rows = line + row0 + tl.arange(0, M)
-    st = tl.dot(k, q.T, input_precision="ieee")
-    dpt = tl.dot(v, do.T, input_precision="ieee")
-    pt = tl.exp2(st * scale - tl.load(lse_ptr + rows)[None, :])  # the padding's lse is inf, so 0 there
+    row = row0 + tl.arange(0, M)
+    # The products start from -lse and -delta, one a column, so that nothing but an exponential and a multiplication is
+    # left between them and the next products.  The padding's lse is inf, so P is 0 there.
+    nothing = tl.zeros([N, M], tl.float32)
+    st = tl.dot(k, q.T, nothing - tl.load(lse_ptr + line + row)[None, :] / scale, input_precision="ieee")
+    dpt = tl.dot(v, do.T, nothing - tl.load(delta_ptr + line + row)[None, :], input_precision="ieee")
+    pt = tl.exp2(st * scale)
     if MASKED:
-        pt = tl.where(visible, pt, 0.0)
+        pt = tl.where(key[:, None] <= row[None, :] + shift, pt, 0.0)
+        if PACKED:
+            pt = tl.where(row[None, :] < stop[:, None], pt, 0.0)
     dv = tl.dot(pt.to(k.dtype), do, dv, input_precision="ieee")
-    dst = (pt * (dpt - tl.load(delta_ptr + rows)[None, :])).to(k.dtype)
-    dk = tl.dot(dst, q, dk, input_precision="ieee")
+    dk = tl.dot((pt * dpt).to(k.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -150,19 +156,16 @@ def _key_kernel(
         head = head0 + i // masked
         r = i % masked
         row0 = tl.where(r < whole - first, first + r, mixed + r - (whole - first)) * M
-        row = row0 + tl.arange(0, M)
-        visible = key[:, None] <= row[None, :] + shift
-        if PACKED:
-            visible &= row[None, :] < stop[:, None]
         line = (b * Hkv * GROUP + head).to(tl.int64) * padded
-        dk, dv = _key_step(dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, row0, line, visible,
-                           scale_log2, M, WIDTH, True)  # fmt: skip
+        dk, dv = _key_step(dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, row0, line, key, stop, shift,
+                           scale_log2, M, N, WIDTH, True, PACKED)  # fmt: skip
     plain = mixed - whole
     for i in tl.range(0, HEADS * plain):
         head = head0 + i // plain
+        row0 = (whole + i % plain) * M
         line = (b * Hkv * GROUP + head).to(tl.int64) * padded
-        dk, dv = _key_step(dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, (whole + i % plain) * M, line, 0,
-                           scale_log2, M, WIDTH, False)  # fmt: skip
+        dk, dv = _key_step(dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, row0, line, key, stop, shift,
+                           scale_log2, M, N, WIDTH, False, PACKED)  # fmt: skip
 
     d = tl.arange(0, WIDTH)
     inside = (key[:, None] < Skv) & (d[None, :] < D)

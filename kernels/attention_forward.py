@@ -3,8 +3,8 @@
     S = scale Q K^T        m, l: running row maximum and sum of exp(S - m)        O = sum exp(S - m) V / l
 
 Source: online softmax, arXiv:1805.02867; the tiling and the saved log-sum-exp, FlashAttention-2, arXiv:2307.08691.
-Exponentials are powers of two with log2(e) folded into the scale.  Saved for the backward: lse = m + log2 l, one fp32 number
-a query and head.  Decoding (one query) splits the keys over programs and adds the parts up in order.
+Exponentials are powers of two with log2(e) folded into the scale.  Saved for the backward: lse = m + log2 l, one fp32
+number a query and head.  Decoding (one query) splits the keys over programs and adds the parts up in order.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ LOWEST = tl.constexpr(-1.0e30)  # a hidden score: finite, so that a row with no 
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one launch.  M: queries, N: keys a step.  defer: the product P V of a step is issued after the next step's
-    Q K^T, so that the tensor cores work on it during the next softmax."""
+    """Sizes of one launch.  M: queries, N: keys a step.  defer: the product P V of a step is issued after the next
+    step's Q K^T, so that the tensor cores work on it during the next softmax."""
 
     M: int
     N: int
@@ -32,7 +32,7 @@ class Tile:
 
 
 # Per dtype width: narrow types run on tensor cores; fp32 in exact arithmetic does not, and only has to fit.
-FORWARD_TILE = {2: Tile(128, 128, 8, 2, defer=True), 4: Tile(32, 32, 4, 2)}
+FORWARD_TILE = {2: Tile(128, 128, 8, 2, defer=True), 4: Tile(16, 16, 8, 1, defer=True)}
 PAD = 128  # rows of lse and delta are padded to this, so that a whole tile of queries can be read without a mask
 
 
@@ -52,11 +52,11 @@ def _forward_kernel(
     Hq: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PACKED: tl.constexpr, DEFER: tl.constexpr,
 ):  # fmt: skip
-    """One program: M queries of one head.  q (B, Hq, Sq, D), k and v (B, Hkv, Skv, D) behind descriptors of WIDTH columns,
-    o (B, Sq, Hq, D), lse (B, Hq, padded), start (B, Skv): the first token of each token's document.
+    """One program: M queries of one head.  q (B, Hq, Sq, D), k and v (B, Hkv, Skv, D) behind descriptors of WIDTH
+    columns, o (B, Sq, Hq, D), lse (B, Hq, padded), start (B, Skv): the first token of each token's document.
 
-    Heads vary fastest, so that the heads of a group read the same keys at the same time; long tiles run first, so that no
-    long one is left over at the end.
+    Heads vary fastest, so that the heads of a group read the same keys at the same time; long tiles run first, so
+    that no long one is left over at the end.
     """
     pid = tl.program_id(0)
     head = pid % Hq
@@ -69,8 +69,8 @@ def _forward_kernel(
     position = rows + (Skv - Sq)  # the queries are the last ones
     cols = tl.arange(0, N)
 
-    # Blocks of N keys in three runs: [first, clean) has keys of other documents, [clean, diagonal) is seen whole by every
-    # query, [diagonal, end) has keys ahead of some.  The masked runs go first, as one loop.
+    # Blocks of N keys in three runs: [first, clean) has keys of other documents, [clean, diagonal) is seen whole by
+    # every query, [diagonal, end) has keys ahead of some.  The masked runs go first, as one loop.
     lowest = tile * M + (Skv - Sq)
     diagonal = lowest // N
     end = tl.cdiv(tl.minimum(lowest + M, Skv), N)

@@ -2,13 +2,14 @@
 
     loss_t = log sum_v exp(logit_tv) - logit_t,label        d logits = (softmax - onehot) * weight_t
 
-Token weights are known before the forward pass (usually 1 / number of real tokens), so the gradients of both operands are
-computed right there, chunk by chunk, and the logits are neither kept nor computed twice.  The three products of a chunk are
-cuBLAS's; in between one kernel turns the logits into their gradient in place (`kernels.cross_entropy_softmax`).  At T = 8192,
-V = 131072, D = 2688 in bf16 this holds 1.2 GiB: one chunk of logits (0.5), the gradient of the weight (0.66) and of x.
+Token weights are known before the forward pass (usually 1 / number of real tokens), so the gradients of both operands
+are computed right there, chunk by chunk, and the logits are neither kept nor computed twice.  The three products of a
+chunk are cuBLAS's; in between one kernel turns the logits into their gradient in place
+(`kernels.cross_entropy_softmax`).  At T = 8192, V = 131072, D = 2688 in bf16 this holds 1.2 GiB: one chunk of logits
+(0.5), the gradient of the weight (0.66) and of x.
 
-A vocabulary split over ranks: each rank calls with its rows of the weight, their `vocab_offset`, and a `gather` that collects
-the ranks' statistics, three numbers a token; the gradient of x is then this rank's summand.
+A vocabulary split over ranks: each rank calls with its rows of the weight, their `vocab_offset`, and a `gather` that
+collects the ranks' statistics, three numbers a token; the gradient of x is then this rank's summand.
 """
 
 from collections.abc import Callable
@@ -24,8 +25,8 @@ if triton is not None:
 IGNORE = -100  # the label of a token without a loss, as in PyTorch
 CHUNK = 2048  # tokens whose logits exist at a time
 
-# What the chunks' products are added up in when the caller gives no buffer.  False: the weight's dtype, one rounding a chunk
-# (4 at T = 8192) and no memory beyond the gradient itself.  True: fp32, twice the memory and twice the traffic.
+# What the chunks' products are added up in when the caller gives no buffer.  False: the weight's dtype, one rounding
+# a chunk (4 at T = 8192) and no memory beyond the gradient itself.  True: fp32, twice the memory and twice the traffic.
 FP32_WEIGHT_GRADIENT = False
 
 
@@ -43,9 +44,10 @@ def linear_cross_entropy_reference(
 def vocabulary_statistics(logits: Tensor, labels: Tensor, vocab_offset: int = 0, backend: str = "auto") -> Tensor:
     """What one slice of the vocabulary contributes to the loss of each token.
 
-    logits: (T, V), columns vocab_offset .. vocab_offset + V of the whole vocabulary.  labels: (T,), in the whole vocabulary.
-    Returns (3, T), fp32 or float64: m = max of the slice, s = sum of exp(logit - m), and the logit at the label, 0 if the
-    label lies in another slice.  `combine_statistics` makes one loss of the slices' results.
+    logits: (T, V), columns vocab_offset .. vocab_offset + V of the whole vocabulary.  labels: (T,), in the whole
+    vocabulary.
+    Returns (3, T), fp32 or float64: m = max of the slice, s = sum of exp(logit - m), and the logit at the label, 0 if
+    the label lies in another slice.  `combine_statistics` makes one loss of the slices' results.
     """
     if use_triton(logits, backend):
         return logits_statistics(logits.contiguous(), labels, vocab_offset)
@@ -58,7 +60,7 @@ def vocabulary_statistics(logits: Tensor, labels: Tensor, vocab_offset: int = 0,
 
 
 def combine_statistics(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """parts: (R, 3, T), the statistics of R slices, in order.  Returns log sum exp and the logit at the label, both (T,)."""
+    """parts: (R, 3, T), the statistics of R slices, in order.  Returns log sum exp and the logit at the label, (T,)."""
     top, total, at_label = parts.unbind(1)
     highest = top.amax(0)
     return highest + (total * (top - highest).exp()).sum(0).log(), at_label.sum(0)
@@ -172,14 +174,14 @@ def linear_cross_entropy(
     """x: (T, D); weight: (V, D); labels: (T,) int64, -100 where there is no loss; token_weight: (T,) fp32, constant.
 
     Returns (sum over t of token_weight_t * loss_t, differentiable in x and weight; losses (T,), not differentiable), in
-    fp32 or float64.  Holds the logits of at most `chunk` tokens and one gradient of `weight`.  The backward pass may run
-    once: the gradients were computed on the way forward and are handed out without a copy.
-    weight_grad: (V, D), fp32 or the weight's dtype.  If given, the gradient of `weight` is added into it during this call
-    and autograd returns none, so the result must be differentiated with an upstream gradient of 1: put factors into
-    token_weight.
+    fp32 or float64.  Holds the logits of at most `chunk` tokens and one gradient of `weight`.  The backward pass may
+    run once: the gradients were computed on the way forward and are handed out without a copy.
+    weight_grad: (V, D), fp32 or the weight's dtype.  If given, the gradient of `weight` is added into it during this
+    call and autograd returns none, so the result must be differentiated with an upstream gradient of 1: put factors
+    into token_weight.
     A vocabulary split over ranks: weight holds rows vocab_offset .. vocab_offset + V, and gather turns the statistics
-    (3, n) of this rank into those of all, (R, 3, n), the same on every rank (`vocabulary_statistics`).  Loss and losses are
-    then the whole vocabulary's on every rank; the gradient of x is the rank's part, for the caller to add up.
+    (3, n) of this rank into those of all, (R, 3, n), the same on every rank (`vocabulary_statistics`).  Loss and
+    losses are then the whole vocabulary's on every rank; the gradient of x is the rank's part, for the caller to add up.
     backend: "auto", "triton" or "torch".
     Raises ValueError on shapes that do not fit.  Labels beyond V are the caller's to exclude.
     """

@@ -1,10 +1,10 @@
 """The row kernels of `kernels.cross_entropy`: statistics and gradient of a softmax over a long row of logits.
 
-    m = max_v z_v        s = sum_v exp(z_v - m)        lse = m + log s        dz_v = (exp(z_v - lse) - [v = label]) * weight
+    m = max_v z_v      s = sum_v exp(z_v - m)      lse = m + log s      dz_v = (exp(z_v - lse) - [v = label]) * weight
 
-One program owns a row.  `logits_loss_gradient_` needs the statistics before it can write, so it walks its row twice; the
-second walk goes backwards, so that it begins with what the first one left in the L2 cache, and one block of the row never
-leaves the registers.  HBM then sees one read and one write of the logits.
+One program owns a row.  `logits_loss_gradient_` needs the statistics before it can write, so it walks its row twice;
+the second walk goes backwards, so that it begins with what the first one left in the L2 cache, and one block of the
+row never leaves the registers.  HBM then sees one read and one write of the logits.
 """
 
 import torch
@@ -16,8 +16,8 @@ LANES = tl.constexpr(8)  # neighbouring logits of one thread: 16 bytes of bf16, 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e30)  # a start for running maxima: finite, so that LOWEST - LOWEST is 0 and not NaN
 
-# Row block and warps.  1024 threads with at most 64 registers fill an SM with one row, so that 132 rows (35 MB of bf16 at
-# V = 131072) are in flight and their second walk hits the 50 MB of L2; two rows an SM would not fit.
+# Row block and warps.  1024 threads with at most 64 registers fill an SM with one row, so that 132 rows (35 MB of
+# bf16 at V = 131072) are in flight and their second walk hits the 50 MB of L2; two rows an SM would not fit.
 BLOCK, WARPS = 32768, 32
 
 
@@ -136,7 +136,7 @@ def _row_block(V: int) -> int:
 
 
 def logits_statistics(logits: Tensor, labels: Tensor, vocab_offset: int) -> Tensor:
-    """(rows, V) -> (3, rows) fp32: maximum, sum of exp(logit - maximum), logit at the label (0 if it is not in here)."""
+    """(rows, V) -> (3, rows) fp32: maximum, sum of exp(logit - maximum), logit at the label (0: not in here)."""
     rows, V = logits.shape
     stats = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     _statistics_kernel[(rows,)](logits, labels, stats, rows, V, vocab_offset, BLOCK=_row_block(V), num_warps=WARPS)
@@ -146,7 +146,7 @@ def logits_statistics(logits: Tensor, labels: Tensor, vocab_offset: int) -> Tens
 def logits_gradient_(
     logits: Tensor, lse: Tensor, labels: Tensor, token_weight: Tensor, vocab_offset: int, ignore: int
 ) -> Tensor:
-    """Overwrites logits (rows, V) with (exp(logits - lse) - onehot) * token_weight; zeros where the label is `ignore`."""
+    """Overwrites logits (rows, V) with (exp(logits - lse) - onehot) * token_weight; 0 where the label is `ignore`."""
     rows, V = logits.shape
     block = min(8192, _row_block(V))
     _gradient_kernel[(triton.cdiv(V, block), rows)](

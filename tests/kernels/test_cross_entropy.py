@@ -1,5 +1,7 @@
 """linear_cross_entropy: losses and both gradients against float64, whole and with the vocabulary split over ranks."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -144,7 +146,7 @@ def test_vocabulary_split_over_ranks(backend: str, cuts: tuple[int, ...]) -> Non
     """Each slice gives its statistics; combined, they give the loss and each slice's gradient of the whole."""
     x, weight, labels, token_weight = problem(9, 16, 130)
     truth = gradients(linear_cross_entropy_reference, x, weight, labels, token_weight, torch.float64)
-    slices = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+    slices = [slice(a, b) for a, b in itertools.pairwise(cuts)]
     parts = torch.stack([vocabulary_statistics(x @ weight[s].T, labels, s.start, backend) for s in slices])
     lse, at_label = combine_statistics(parts)
     assert relative_error((lse - at_label).where(labels != IGNORE, 0), truth[0]) < FP32
