@@ -181,7 +181,7 @@ def linear_cross_entropy(
     into token_weight.
     A vocabulary split over ranks: weight holds rows vocab_offset .. vocab_offset + V, and gather turns the statistics
     (3, n) of this rank into those of all, (R, 3, n), the same on every rank (`vocabulary_statistics`).  Loss and
-    losses are then the whole vocabulary's on every rank; the gradient of x is the rank's part, for the caller to add up.
+    losses are then the whole vocabulary's on every rank; the gradient of x is its part, for the caller to add up.
     backend: "auto", "triton" or "torch".
     Raises ValueError on shapes that do not fit.  Labels beyond V are the caller's to exclude.
     """

@@ -34,7 +34,7 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
 
 
 def errors(got: list[Tensor], truth: list[Tensor]) -> dict[str, float]:
-    """Relative errors of output, dq, dk, dv.  Where every query sees itself alone, dq and dk are 0: then on dv's scale."""
+    """Relative errors of output, dq, dk, dv.  Zero gradients (each query sees itself alone): on dv's scale."""
     scale = truth[3].double().norm()
     pairs = zip(("y", "dq", "dk", "dv"), got, truth, strict=True)
     return {n: relative_error(a, b) if b.any() else (a.double().norm() / scale).item() for n, a, b in pairs}
