@@ -1,4 +1,4 @@
-"""Attention at Nano's shapes (32 query heads, 2 key-value heads, width 128, bf16): ours, cuDNN, FlashAttention-2, floor.
+"""Attention at Nano's shapes (32 query, 2 key-value heads, width 128, bf16): ours, cuDNN, FlashAttention-2, floor.
 
 python -m benchmarks.kernels_attention            table at T = 8192 and 32768, one JSON line last
 python -m benchmarks.kernels_attention --check    errors against float64 over odd shapes, one line a case
@@ -173,7 +173,7 @@ def varlen_backward(q: Tensor, k: Tensor, v: Tensor, do: Tensor, lengths: list[i
 def cases(T: int) -> Iterator[Case]:
     B, S = max(1, T // 8192), min(T, 8192)
     args = inputs(B, S, S)
-    q, k, v, do = args
+    q, k, v, _ = args
     ours = partial(attention, backend="triton")
     peers = {
         "cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
@@ -187,7 +187,7 @@ def cases(T: int) -> Iterator[Case]:
     yield Case("attention forward", label, partial(ours, q, k, v), forward_peers, traffic, flops, check=judge, aim=AIM)
     backward_peers = {n: backward_of(f, *args) for n, f in peers.items()}
     mine = backward_of(ours, *args)
-    yield Case("attention backward", label, mine, backward_peers, 2 * traffic, 2.5 * flops, aim=AIM)
+    yield Case("attention backward", label, mine, backward_peers, 2 * traffic, 2.5 * flops, check=judge, aim=AIM)
     del backward_peers, mine
     if B == 1:
         seq_idx = documents(LENGTHS)
@@ -199,7 +199,7 @@ def cases(T: int) -> Iterator[Case]:
         some = {"SDPA, dense mask": partial(masked, q, k, v), "FA-2 varlen": lambda: varlen(q, k, v, LENGTHS)}
         yield Case("packed forward", label, partial(ours, q, k, v), some, traffic, flops, check=judge)
         some = {"SDPA, dense mask": backward_of(masked, *args), "FA-2 varlen": varlen_backward(*args, LENGTHS)}
-        yield Case("packed backward", label, backward_of(ours, *args), some, 2 * traffic, 2.5 * flops)
+        yield Case("packed backward", label, backward_of(ours, *args), some, 2 * traffic, 2.5 * flops, check=judge)
     for B, Skv in ((1, 32768), (32, 8192)):
         q, k, v, _ = inputs(B, 1, Skv)
         other = {"SDPA": partial(attention, q, k, v, backend="torch")}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import kernels.cross_entropy as module
 from benchmarks.measure import Case, gpu_ms, print_json, print_table, run_cases
+from kernels import cross_entropy_product as product
 from kernels import cross_entropy_softmax as rows
 from kernels.cross_entropy import (
     IGNORE,
@@ -162,15 +163,23 @@ def sweep(T: int = 8192) -> None:
     args = inputs(T)
     x, weight, labels, token_weight = args
     losses = torch.empty(T, device="cuda")
+    n = 2048
     for chunk in (1024, 2048, 4096, 8192):
         for fp32 in (False, True):
             module.FP32_WEIGHT_GRADIENT = fp32
             f = partial(step, partial(linear_cross_entropy, chunk=chunk, backend="triton"), *args)
-            print(
-                f"chunk {chunk}, dW in {'fp32' if fp32 else 'bf16'}: {gpu_ms(f, budget_s=0.5):.2f} ms, {peak_gib(f):.2f} GiB"
-            )
+            kind, ms = "fp32" if fp32 else "bf16", gpu_ms(f, budget_s=0.5)
+            print(f"chunk {chunk}, dW in {kind}: {ms:.2f} ms, {peak_gib(f):.2f} GiB")
     module.FP32_WEIGHT_GRADIENT = False
-    n = 2048
+    for own in ({"logits"}, {"dx"}, {"dw"}, {"logits", "dw"}, {"logits", "dx", "dw"}):
+        for chunk in (2048, 4096):
+            module.OWN_PRODUCTS = frozenset(own)
+            right, shown = verdict([t[:n] if t.shape[0] == T else t for t in args])
+            f = partial(step, partial(linear_cross_entropy, chunk=chunk, backend="triton"), *args)
+            print(f"our kernel for {sorted(own)}, chunk {chunk}: {gpu_ms(f, budget_s=0.5):.2f} ms; right: {right}")
+            if not right:
+                print("   ", shown)
+    module.OWN_PRODUCTS = frozenset()
     part, dlogits = x[:n], torch.randn(n, V, device="cuda", dtype=x.dtype)
     dw, dx = torch.zeros_like(weight), torch.empty_like(part)
     dw32 = torch.zeros(weight.shape, device="cuda")
@@ -180,9 +189,14 @@ def sweep(T: int = 8192) -> None:
         "dX = dlogits W": lambda: torch.mm(dlogits, weight, out=dx),
         "dW = dlogits^T x": lambda: torch.mm(dlogits.T, part, out=dw),
         "dW += dlogits^T x, bf16": lambda: torch.addmm(dw, dlogits.T, part, out=dw),
+        "logits, our kernel": lambda: product.multiply_(dlogits, part, weight, b_t=True),
+        "dX, our kernel": lambda: product.multiply_(dx, dlogits, weight),
+        "dW, our kernel": lambda: product.multiply_(dw, dlogits, part, a_t=True),
+        "dW +=, our kernel": lambda: product.multiply_(dw, dlogits, part, a_t=True, add=True),
         "dW += dlogits^T x, fp32": lambda: torch.addmm(dw32, dlogits.T, part, out_dtype=torch.float32, out=dw32),
     }
     for name, f in products.items():
+        dlogits.normal_()  # `logits` has overwritten it
         ms = gpu_ms(f, budget_s=0.3)
         print(f"{n} tokens, {name}: {ms:.3f} ms, {gigaflops / ms:.0f} TFLOP/s")
     for block, warps in ((32768, 32), (16384, 32), (16384, 16), (8192, 16), (8192, 8)):

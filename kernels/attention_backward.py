@@ -152,17 +152,18 @@ def _key_kernel(
     dk = tl.zeros([N, WIDTH], tl.float32)
     dv = tl.zeros([N, WIDTH], tl.float32)
     head0 = kv_head * GROUP + part * HEADS
-    for i in tl.range(0, HEADS * masked):  # one flat loop over heads and blocks keeps the loads running ahead
-        head = head0 + i // masked
-        r = i % masked
+    divisor = tl.maximum(masked, 1)  # loads run ahead of the loop's condition, and so do their addresses
+    for i in tl.range(0, HEADS * masked):  # one flat loop over heads and blocks, for the same reason
+        head = head0 + i // divisor
+        r = i % divisor
         row0 = tl.where(r < whole - first, first + r, mixed + r - (whole - first)) * M
         line = (b * Hkv * GROUP + head).to(tl.int64) * padded
         dk, dv = _key_step(dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, row0, line, key, stop, shift,
                            scale_log2, M, N, WIDTH, True, PACKED)  # fmt: skip
-    plain = mixed - whole
-    for i in tl.range(0, HEADS * plain):
-        head = head0 + i // plain
-        row0 = (whole + i % plain) * M
+    divisor = tl.maximum(mixed - whole, 1)
+    for i in tl.range(0, HEADS * (mixed - whole)):
+        head = head0 + i // divisor
+        row0 = (whole + i % divisor) * M
         line = (b * Hkv * GROUP + head).to(tl.int64) * padded
         dk, dv = _key_step(dk, dv, k, v, q_desc, do_desc, lse_ptr, delta_ptr, b, head, row0, line, key, stop, shift,
                            scale_log2, M, N, WIDTH, False, PACKED)  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
+    from kernels.cross_entropy_product import multipliable, multiply_
     from kernels.cross_entropy_softmax import logits_gradient_, logits_loss_gradient_, logits_statistics, scale_
 
 IGNORE = -100  # the label of a token without a loss, as in PyTorch
@@ -28,6 +29,10 @@ CHUNK = 2048  # tokens whose logits exist at a time
 # What the chunks' products are added up in when the caller gives no buffer.  False: the weight's dtype, one rounding
 # a chunk (4 at T = 8192) and no memory beyond the gradient itself.  True: fp32, twice the memory and twice the traffic.
 FP32_WEIGHT_GRADIENT = False
+
+# Which of the three products run in `kernels.cross_entropy_product` rather than in cuBLAS, by measurement on an H100
+# (benchmarks/kernels_head.py --sweep): any of "logits", "dx", "dw".
+OWN_PRODUCTS: frozenset[str] = frozenset()
 
 
 def linear_cross_entropy_reference(
@@ -82,9 +87,15 @@ def vocabulary_gradient(
     return logits.copy_(p.mul_(token_weight.where(labels != IGNORE, 0).unsqueeze(-1)))
 
 
+def _own(name: str, *operands: Tensor) -> bool:
+    return name in OWN_PRODUCTS and operands[0].is_cuda and multipliable(*operands)
+
+
 def _add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a^T b, or total = a^T b if it is the first; the sum is formed in total's dtype."""
-    if total.dtype == a.dtype:
+    if total.dtype == a.dtype and _own("dw", total, a, b):
+        multiply_(total, a, b, a_t=True, add=not first)
+    elif total.dtype == a.dtype:
         torch.mm(a.T, b, out=total) if first else torch.addmm(total, a.T, b, out=total)
     elif total.is_cuda and total.dtype == torch.float32:  # narrow operands, fp32 result: cuBLAS adds in its epilogue
         kind = {"out_dtype": torch.float32, "out": total}
@@ -124,7 +135,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         space = torch.empty(min(step, T), V, dtype=x.dtype, device=x.device)
         for start in range(0, T, step):
             rows = slice(start, start + step)
-            logits = torch.mm(x[rows], weight.T, out=space[: x[rows].shape[0]])
+            logits = space[: x[rows].shape[0]]
+            if _own("logits", logits, x[rows], weight):
+                multiply_(logits, x[rows], weight, b_t=True)
+            else:
+                torch.mm(x[rows], weight.T, out=logits)
             real = labels[rows] != IGNORE
             if whole:
                 logits_loss_gradient_(logits, labels[rows], token_weight[rows], losses[rows], IGNORE)
@@ -134,7 +149,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses[rows] = (lse - at_label).where(real, 0)
                 if need_x or need_w:
                     vocabulary_gradient(logits, lse, labels[rows], token_weight[rows], vocab_offset, backend)
-            if need_x:
+            if need_x and _own("dx", dx[rows], logits, weight):
+                multiply_(dx[rows], logits, weight)
+            elif need_x:
                 torch.mm(logits, weight, out=dx[rows])
             if need_w:
                 _add_product_(dw, logits, x[rows], first=start == 0 and weight_grad is None)
@@ -148,15 +165,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.used:
-            raise RuntimeError("linear_cross_entropy: its gradients were computed once and handed out; call it again")
         dx, dw = ctx.dx, ctx.dw
-        ctx.dx, ctx.dw, ctx.used = None, None, True
-        if ctx.kernels:
-            dx, dw = (None if t is None else scale_(t, dtotal).to(d) for t, d in ((dx, None), (dw, ctx.weight_dtype)))
-        else:
+        if not ctx.kernels:
             dx = None if dx is None else (dx * dtotal).to(dx.dtype)
             dw = None if dw is None else (dw * dtotal).to(ctx.weight_dtype)
+        else:
+            if ctx.used:
+                raise RuntimeError("linear_cross_entropy: its gradients were handed out without a copy; call it again")
+            ctx.dx, ctx.dw, ctx.used = None, None, True
+            dx = None if dx is None else scale_(dx, dtotal)
+            dw = None if dw is None else scale_(dw, dtotal).to(ctx.weight_dtype)
         return dx, dw, None, None, None, None, None, None, None
 
 
@@ -174,8 +192,8 @@ def linear_cross_entropy(
     """x: (T, D); weight: (V, D); labels: (T,) int64, -100 where there is no loss; token_weight: (T,) fp32, constant.
 
     Returns (sum over t of token_weight_t * loss_t, differentiable in x and weight; losses (T,), not differentiable), in
-    fp32 or float64.  Holds the logits of at most `chunk` tokens and one gradient of `weight`.  The backward pass may
-    run once: the gradients were computed on the way forward and are handed out without a copy.
+    fp32 or float64.  Holds the logits of at most `chunk` tokens and one gradient of `weight`.  The backward pass of
+    the kernels may run once: the gradients were computed on the way forward and are handed out without a copy.
     weight_grad: (V, D), fp32 or the weight's dtype.  If given, the gradient of `weight` is added into it during this
     call and autograd returns none, so the result must be differentiated with an upstream gradient of 1: put factors
     into token_weight.

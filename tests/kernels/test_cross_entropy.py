@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels.cross_entropy as module
 from kernels._common import INTERPRET, triton
 from kernels.cross_entropy import (
     IGNORE,
@@ -178,6 +179,24 @@ def test_vocabulary_split_over_ranks(backend: str, cuts: tuple[int, ...]) -> Non
     assert relative_error(total_dx * 0.75, truth[2]) < FP32
 
 
+@pytest.mark.skipif(
+    triton is None or not INTERPRET, reason="needs TRITON_INTERPRET=1; the GPU case below runs it in bf16"
+)
+@pytest.mark.parametrize("programs", [3, 4, 64])
+@pytest.mark.parametrize(("a_t", "b_t", "add"), [(False, True, False), (False, False, False), (True, False, True)])
+def test_products(monkeypatch, programs: int, a_t: bool, b_t: bool, add: bool) -> None:
+    """The three layouts; 4 tiles on 3 programs leave one over, which is then cut along K."""
+    from kernels import cross_entropy_product as product
+
+    monkeypatch.setattr(product, "SHORTEST", 1)
+    torch.manual_seed(0)
+    M, N, K = 132, 260, 200
+    a, b, c = torch.randn(M, K), torch.randn(K, N), torch.randn(M, N)
+    truth = a.double() @ b.double() + (c.double() if add else 0)
+    a, b = a.T.contiguous() if a_t else a, b.T.contiguous() if b_t else b
+    assert relative_error(product.multiply_(c, a, b, a_t, b_t, add, programs), truth) < FP32
+
+
 def test_mistakes_are_named() -> None:
     x, weight, labels, token_weight = problem(4, 8, 16)
     with pytest.raises(ValueError, match="do not fit"):
@@ -186,18 +205,31 @@ def test_mistakes_are_named() -> None:
         linear_cross_entropy(x, weight, labels, token_weight, weight_grad=x)
     with pytest.raises(ValueError, match="chunk"):
         linear_cross_entropy(x, weight, labels, token_weight, chunk=0)
-    total, _ = linear_cross_entropy(x.requires_grad_(), weight, labels, token_weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_backward_pass(backend: str) -> None:
+    """PyTorch's path scales a copy every time; the kernels give their only one away, and say so when asked again."""
+    x, weight, labels, token_weight = problem(4, 8, 16)
+    total, _ = linear_cross_entropy(x.requires_grad_(), weight, labels, token_weight, backend=backend)
     total.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="once"):
+    first = x.grad.clone()
+    if backend == "torch":
         total.backward()
+        assert torch.equal(x.grad, 2 * first)
+    else:
+        with pytest.raises(RuntimeError, match="without a copy"):
+            total.backward()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("own", [set(), {"logits", "dx", "dw"}], ids=["cuBLAS", "own products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("T", "V"), [(1, 131072), (63, 131072), (127, 1000), (129, 50257), (4097, 32768)])
-def test_on_the_gpu(poisoned_empty, dtype: torch.dtype, T: int, V: int) -> None:
+def test_on_the_gpu(poisoned_empty, monkeypatch, own: set[str], dtype: torch.dtype, T: int, V: int) -> None:
     """fp32 within 1e-5 of float64; bf16 at most twice as far as PyTorch in bf16; two runs alike to the bit."""
+    monkeypatch.setattr(module, "OWN_PRODUCTS", frozenset(own))
     args = problem(T, 512, V, dtype)
     truth = gradients(linear_cross_entropy_reference, *args, torch.float64)
     eager = gradients(linear_cross_entropy_reference, *args, dtype)
