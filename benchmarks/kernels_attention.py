@@ -96,7 +96,6 @@ def check() -> bool:
         "B=3 S=300": ((3, 300, 300), None, {}),
         "width 64": ((1, 513, 513), None, {"heads": 8, "width": 64}),
         "width 80": ((1, 200, 200), None, {"heads": 4, "kv_heads": 4, "width": 80}),
-        "width 256": ((1, 200, 200), None, {"heads": 4, "kv_heads": 1, "width": 256}),
         "3 heads a group": ((2, 130, 130), None, {"heads": 6}),
         "cached prefill 1 of 700": ((1, 1, 700), None, {}),
         "cached prefill 129 of 1000": ((2, 129, 1000), None, {}),

@@ -102,7 +102,7 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None, backend: st
         return "torch"
     fits = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
     # Tiles are as wide as the next power of two, and the copy engine wants rows in multiples of 16 bytes.
-    fits = fits and q.shape[-1] <= 256 and q.shape[-1] * q.element_size() % 16 == 0
+    fits = fits and q.shape[-1] <= 128 and q.shape[-1] * q.element_size() % 16 == 0
     fits = fits and 0 < q.shape[1] <= k.shape[1] and q.shape[0] > 0
     if not fits:
         return "torch"
@@ -118,7 +118,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, ba
     integers that never decrease along a row, the document of each token of a packed row; it needs Sq == Skv.  Softmax
     in fp32.  Gradients for q, k and v are sums in a fixed order: two runs agree to the bit.
     backend: "triton" is our kernels, "torch" PyTorch's scaled_dot_product_attention (cuDNN first), "auto" the faster
-    of the two.  What ours do not cover (d > 256, rows that are no multiple of 16 bytes, float64) runs in PyTorch.
+    of the two.  What ours do not cover (d > 128, rows that are no multiple of 16 bytes, float64) runs in PyTorch.
     Raises ValueError if Hq is not a multiple of Hkv, seq_idx comes with a cache, or the backend is unknown.
     """
     if q.shape[2] % k.shape[2]:

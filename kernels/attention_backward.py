@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.attention_forward import LOG2_E, Tile, describe, padded_length, width_of
+from kernels.attention_forward import LOG2_E, Tile, describe, padded_length, tile_class, width_of
 
-QUERY_TILE = {2: Tile(128, 64, 8, 3), 4: Tile(16, 16, 8, 1)}
-KEY_TILE = {2: Tile(64, 128, 8, 2), 4: Tile(16, 16, 8, 1)}
+QUERY_TILE = {"large": Tile(128, 64, 8, 3), "small": Tile(64, 32, 8, 1), "fp32": Tile(16, 16, 8, 1)}
+KEY_TILE = {"large": Tile(64, 128, 8, 2), "small": Tile(32, 64, 8, 1), "fp32": Tile(16, 16, 8, 1)}
 ENOUGH_PROGRAMS = 512  # about four a multiprocessor: the long ones then even out
 
 
@@ -200,7 +200,7 @@ def launch_query(
     """-> dq like q, contiguous, and delta like lse.  o is contiguous; start as in the forward."""
     B, Sq, Hq, D = q.shape
     Skv, Hkv = k.shape[1:3]
-    tile = tile or QUERY_TILE[q.element_size()]
+    tile = tile or QUERY_TILE[tile_class(q)]
     width, padded = width_of(D), padded_length(Sq)
     dq = torch.empty(B, Sq, Hq, D, dtype=q.dtype, device=q.device)
     delta = torch.empty_like(lse)
@@ -228,7 +228,7 @@ def launch_key(
     """-> dk and dv like k, contiguous.  stop (B, S) int32 or None."""
     B, Sq, Hq, D = q.shape
     Skv, Hkv = k.shape[1:3]
-    tile = tile or KEY_TILE[q.element_size()]
+    tile = tile or KEY_TILE[tile_class(q)]
     width, group = width_of(D), Hq // Hkv
     programs = B * Hkv * triton.cdiv(Skv, tile.N)
     parts = parts or parts_of(group, programs)

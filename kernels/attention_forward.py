@@ -31,8 +31,13 @@ class Tile:
     defer: bool = False
 
 
-# Per dtype width: narrow types run on tensor cores; fp32 in exact arithmetic does not, and only has to fit.
-FORWARD_TILE = {2: Tile(128, 128, 8, 2, defer=True), 4: Tile(16, 16, 8, 1, defer=True)}
+# large: 16-bit operands where a program may have 200 KB of shared memory (Hopper, Blackwell); small: elsewhere;
+# fp32: exact arithmetic does without tensor cores, and only has to fit.
+FORWARD_TILE = {
+    "large": Tile(128, 128, 8, 2, defer=True),
+    "small": Tile(64, 32, 8, 2),
+    "fp32": Tile(16, 16, 8, 1, defer=True),
+}
 PAD = 128  # rows of lse and delta are padded to this, so that a whole tile of queries can be read without a mask
 
 
@@ -225,6 +230,12 @@ def describe(t: Tensor, rows: int, width: int) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), [*strides[:3], 1], [1, 1, rows, width])
 
 
+def tile_class(q: Tensor) -> str:
+    if q.element_size() == 4:
+        return "fp32"
+    return "large" if not q.is_cuda or torch.cuda.get_device_capability(q.device) in ((9, 0), (10, 0)) else "small"
+
+
 def width_of(D: int) -> int:
     return max(16, triton.next_power_of_2(D))
 
@@ -239,7 +250,7 @@ def launch_forward(
     """q (B, Sq, Hq, D), k and v (B, Skv, Hkv, D), all describable; start (B, S) int32 or None -> o like q, and lse."""
     B, Sq, Hq, D = q.shape
     Skv, Hkv = k.shape[1:3]
-    tile = tile or FORWARD_TILE[q.element_size()]
+    tile = tile or FORWARD_TILE[tile_class(q)]
     width, padded = width_of(D), padded_length(Sq)
     o = torch.empty(B, Sq, Hq, D, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, Hq, padded, dtype=torch.float32, device=q.device)

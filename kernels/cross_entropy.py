@@ -88,7 +88,9 @@ def vocabulary_gradient(
 
 
 def _own(name: str, *operands: Tensor) -> bool:
-    return name in OWN_PRODUCTS and operands[0].is_cuda and multipliable(*operands)
+    """Whether the product runs in our kernel: chosen, and on a GPU whose shared memory holds its tiles."""
+    able = name in OWN_PRODUCTS and operands[0].is_cuda and multipliable(*operands)
+    return able and torch.cuda.get_device_capability(operands[0].device) in ((9, 0), (10, 0))
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

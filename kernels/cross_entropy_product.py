@@ -112,7 +112,7 @@ def multiply_(
     add: bool = False,
     programs: int | None = None,
 ) -> Tensor:
-            """c (M, N) = a b, or c += a b; a is stored transposed if a_t, b if b_t.  Sums in fp32, in an order that is fixed."""
+    """c (M, N) = a b, or c += a b; a is stored transposed if a_t, b if b_t.  Sums in fp32, in a fixed order."""
     M, N = c.shape
     K = a.shape[0] if a_t else a.shape[1]
     if programs is None:

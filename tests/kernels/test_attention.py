@@ -145,7 +145,7 @@ def test_tiles_of_other_shapes(
 ) -> None:
     """bf16 runs with other tiles than fp32; their runs of masked and unmasked blocks are cut elsewhere."""
     for file, name in ((forward, "FORWARD_TILE"), (backward, "QUERY_TILE"), (backward, "KEY_TILE")):
-        monkeypatch.setitem(getattr(file, name), 4, forward.Tile(M, N, 4, 1, defer))
+        monkeypatch.setitem(getattr(file, name), "fp32", forward.Tile(M, N, 4, 1, defer))
     check("triton", problem(97, 97, 2, 1, 16), seq_idx=None if lengths is None else documents(lengths))
     if lengths is None:
         check("triton", problem(35, 97, 2, 1, 16))
