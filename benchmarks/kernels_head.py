@@ -199,7 +199,7 @@ def sweep(T: int = 8192) -> None:
         dlogits.normal_()  # `logits` has overwritten it
         ms = gpu_ms(f, budget_s=0.3)
         print(f"{n} tokens, {name}: {ms:.3f} ms, {gigaflops / ms:.0f} TFLOP/s")
-    for block, warps in ((32768, 32), (16384, 32), (16384, 16), (8192, 16), (8192, 8)):
+    for block, warps in ((16384, 32), (16384, 16), (8192, 16), (8192, 8), (4096, 8)):
         dlogits.normal_()
         f = partial(rows.logits_loss_gradient_, dlogits, labels[:n], token_weight[:n], losses[:n], IGNORE, block, warps)
         ms = gpu_ms(f, budget_s=0.3)

@@ -3,8 +3,8 @@
     m = max_v z_v      s = sum_v exp(z_v - m)      lse = m + log s      dz_v = (exp(z_v - lse) - [v = label]) * weight
 
 One program owns a row.  `logits_loss_gradient_` needs the statistics before it can write, so it walks its row twice;
-the second walk goes backwards, so that it begins with what the first one left in the L2 cache, and one block of the
-row never leaves the registers.  HBM then sees one read and one write of the logits.
+the second walk goes backwards, so that it begins with what the first one left in the L2 cache, and the first and last
+block of the row never leave the registers.  HBM then sees one read and one write of the logits.
 """
 
 import torch
@@ -18,7 +18,7 @@ LOWEST = tl.constexpr(-1.0e30)  # a start for running maxima: finite, so that LO
 
 # Row block and warps.  1024 threads with at most 64 registers fill an SM with one row, so that 132 rows (35 MB of
 # bf16 at V = 131072) are in flight and their second walk hits the 50 MB of L2; two rows an SM would not fit.
-BLOCK, WARPS = 32768, 32
+BLOCK, WARPS = 16384, 32
 
 
 @triton.jit
@@ -103,19 +103,25 @@ def _loss_gradient_kernel(
         m = tl.full([BLOCK // LANES], LOWEST, tl.float32)
         s = tl.zeros([BLOCK // LANES], tl.float32)
         m, s = _fold(kept.to(tl.float32), m, s)
+        cols = tl.minimum(1, blocks - 1) * BLOCK + offs
+        x = tl.load(row + cols, mask=EVEN | (cols < V), other=-float("inf"))
         for i in tl.range(1, blocks):
-            cols = i * BLOCK + offs
-            x = tl.load(row + cols, mask=EVEN | (cols < V), other=-float("inf"))
+            cols = tl.minimum(i + 1, blocks - 1) * BLOCK + offs
+            ahead = tl.load(row + cols, mask=EVEN | (cols < V), other=-float("inf"))  # on its way during the sums
             m, s = _fold(x.to(tl.float32), m, s)
+            x = ahead
         top, total = _finish(m, s)
         lse = top + tl.log2(total) / LOG2_E
         weight = tl.load(weight_ptr + t).to(tl.float32)
         tl.store(losses_ptr + t, lse - at_label)
+        # x is the last block here: the first walk ended with it, and the second begins with it.
         for i in tl.range(1, blocks):
-            cols = (blocks - i) * BLOCK + offs
-            x = tl.load(row + cols, mask=EVEN | (cols < V), other=0.0)
+            cols = (blocks - i - 1) * BLOCK + offs
+            ahead = tl.load(row + cols, mask=EVEN | (cols < V), other=0.0)
+            cols += BLOCK
             dx = _gradient(x, lse, cols, label, weight)
             tl.store(row + cols, dx.to(logits_ptr.dtype.element_ty), mask=EVEN | (cols < V))
+            x = ahead
         dx = _gradient(kept, lse, offs, label, weight)
         tl.store(row + offs, dx.to(logits_ptr.dtype.element_ty), mask=EVEN | (offs < V))
 
