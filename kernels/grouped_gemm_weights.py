@@ -1,0 +1,121 @@
+"""Weight gradients of the experts: one product per expert, summed over its own rows.
+
+    dup_e   = sum_r dz_r x_token(r)^T     (F, D): the gathered rows x are on the right
+    ddown_e = sum_r dy_token(r) hs_r^T    (D, F): the gathered rows dy are on the left
+
+The sum is short (a few hundred rows) and the result large, so what matters is that storing one tile and loading the next
+overlap.  The gathered rows are masked to zero past the expert's end, and the rows in place need no mask: whatever they
+hold there is multiplied by zero.  An expert without rows gets zeros.  The result can be added to a given buffer instead
+(fp32 or 16 bit), which is how gradients of several micro-batches are summed without a second pass.
+
+Suffixes: R rows in expert order, E experts, M x N the shape of one expert's matrix.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels._common import INTERPRET
+from kernels.grouped_gemm_rows import Config, describe, has_tma, resident_programs
+from kernels.permute import Tiles
+
+
+@triton.jit
+def _weights_kernel(
+    gathered_ptr, fixed_ptr, fixed_desc, out_ptr, order_ptr, offsets_ptr, R, stride,
+    E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
+    GATHER: tl.constexpr, LEFT: tl.constexpr, TMA: tl.constexpr, ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: every num_programs-th tile of out (E, M, N).  LEFT: the gathered operand gives the M rows of out.
+
+    gathered (T or R, M or N) with a row stride, fixed (R, N or M), order (R,).
+    """
+    M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    FIXED: tl.constexpr = N if LEFT else M
+    GATHERED: tl.constexpr = M if LEFT else N
+    FIXED_BLOCK: tl.constexpr = BLOCK_N if LEFT else BLOCK_M
+    GATHERED_BLOCK: tl.constexpr = BLOCK_M if LEFT else BLOCK_N
+    for tile in tl.range(tl.program_id(0), E * M_TILES * N_TILES, tl.num_programs(0), flatten=FLATTEN):
+        e = tile // (M_TILES * N_TILES)
+        m0 = (tile % M_TILES) * BLOCK_M
+        n0 = (tile // M_TILES % N_TILES) * BLOCK_N
+        begin = tl.load(offsets_ptr + e)
+        end = tl.load(offsets_ptr + e + 1)
+        fixed0 = n0 if LEFT else m0
+        gathered0 = m0 if LEFT else n0
+        gcols = gathered0 + tl.arange(0, GATHERED_BLOCK)
+        fcols = fixed0 + tl.arange(0, FIXED_BLOCK)
+        ks = tl.arange(0, BLOCK_K)
+
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k in range(begin, end, BLOCK_K):
+            live = ks < end - k
+            if GATHER:
+                token = tl.load(order_ptr + k + ks, mask=live, other=0) // TOP_K
+            else:
+                token = k + ks
+            g_ptrs = gathered_ptr + token.to(tl.int64)[:, None] * stride + gcols[None, :]
+            g = tl.load(g_ptrs, mask=live[:, None] & (gcols < GATHERED)[None, :], other=0.0)
+            if TMA:
+                f = fixed_desc.load([k, fixed0])
+            else:
+                f_ptrs = fixed_ptr + (k + ks).to(tl.int64)[:, None] * FIXED + fcols[None, :]
+                f = tl.load(f_ptrs, mask=live[:, None] & (fcols < FIXED)[None, :], other=0.0)
+            if LEFT:
+                acc = tl.dot(g.T, f, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(f.T, g, acc, input_precision=PRECISION)
+
+        rows = m0 + tl.arange(0, BLOCK_M)
+        cols = n0 + tl.arange(0, BLOCK_N)
+        mask = (rows < M)[:, None] & (cols < N)[None, :]
+        out_ptrs = out_ptr + (e.to(tl.int64) * M + rows)[:, None] * N + cols[None, :]
+        if ACCUMULATE:
+            acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+HOPPER = Config(128, 256, 64, 8, 3)
+SMALL_SHARED = Config(128, 128, 32, 8, 3, flatten=False)
+FULL_PRECISION = Config(64, 64, 32, 4, 2, flatten=False)
+INTERPRETED = Config(16, 32, 16, 4, 1)
+
+
+def config_for(x: Tensor) -> Config:
+    if INTERPRET:
+        return INTERPRETED
+    if x.element_size() == 4:
+        return FULL_PRECISION
+    return HOPPER if has_tma(x) else SMALL_SHARED
+
+
+def weight_gradient(
+    gathered: Tensor,
+    fixed: Tensor,
+    tiles: Tiles,
+    order: Tensor | None,
+    top_k: int,
+    left: bool,
+    buffer: Tensor | None = None,
+) -> Tensor:
+    """(E, M, N) in the operands' dtype, or the same added to `buffer`, which is returned.
+
+    gathered: (T, width), whose row order_r // K goes with row r of fixed (R, width); order None: row r itself.  left: the
+    gathered operand gives M, otherwise N.
+    """
+    E = tiles.offsets_E1.numel() - 1
+    M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
+    c = config_for(gathered)
+    out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
+    desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)
+    programs = min(resident_programs(gathered, c.per_sm), E * triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n))
+    _weights_kernel[(programs,)](
+        gathered, fixed, desc, out, order, tiles.offsets_E1, fixed.shape[0], gathered.stride(0),
+        E=E, M=M, N=N, TOP_K=top_k, GATHER=order is not None, LEFT=left, TMA=desc is not None,
+        ACCUMULATE=buffer is not None, PRECISION="ieee", FLATTEN=c.flatten,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+    return out
