@@ -170,12 +170,12 @@ def _dlogits_kernel(
         total = tl.full([BLOCK_T], 1e-20, tl.float32)
         inner = tl.zeros([BLOCK_T], tl.float32)
         if NORM:
-            for k in tl.static_range(K):
+            for k in range(K):
                 e = tl.load(experts_ptr + t * K + k, mask=live, other=0)
                 s = tl.load(scores_ptr + t * E + e, mask=live, other=1.0)
                 total += s
                 inner += s * tl.load(dweights_ptr + t * K + k, mask=live, other=0.0)
-        for k in tl.static_range(K):
+        for k in range(K):
             e = tl.load(experts_ptr + t * K + k, mask=live, other=0).to(tl.int32)
             ds_k = scale * tl.load(dweights_ptr + t * K + k, mask=live, other=0.0)
             if NORM:
