@@ -1,0 +1,1 @@
+"""Benchmarks: ours, the best peer and the floor in one run.  `python -m benchmarks.kernels_<name>` from the source tree."""

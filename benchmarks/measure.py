@@ -1,0 +1,215 @@
+"""Timing shared by the kernel benchmarks: GPU time from CUDA events, cold L2, medians; a table and JSON records.
+
+A benchmark module builds `Case`s (lazily, so that one case's tensors are gone before the next one's are made) and
+gives them to `run_cases`, which checks ours first, refuses to time it when it is wrong, times ours and every peer, and
+returns one record per case: {op, shape, dtype, ms, GB/s or TFLOP/s, floor, peer, gpu, torch, triton}.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+FLOOR_BANDWIDTH = 3.0e12  # bytes/s and FLOP/s (dense bf16) that an H100 SXM is measured to reach
+FLOOR_COMPUTE = 798e12
+_FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far (H100: 50 MB)
+
+
+@dataclass
+class Case:
+    """One operator in one direction at one shape.  `bytes` and `flops`: the least that any implementation must move and do."""
+
+    op: str  # "rms_norm forward"
+    shape: str  # "T=32768 D=2688"
+    ours: Callable[[], object]
+    peers: dict[str, Callable[[], object]] = field(default_factory=dict)
+    bytes: float = 0.0
+    flops: float = 0.0
+    dtype: str = "bf16"
+    check: Callable[[], None] | None = None  # raises AssertionError if `ours` is wrong
+    aim: str = ""  # what it should reach, for the reader of the table
+
+
+@cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+
+def gpu_ms(fn: Callable[[], object], repetitions: int = 25, budget_s: float = 1.0) -> float:
+    """Median GPU time of `fn` in ms, with the L2 cache flushed before each repetition.
+
+    The GPU is kept busy (a spin kernel) while the host queues the work, so launches cost nothing unless `fn` waits for the
+    GPU itself; what is left is the time the kernels take back to back.
+    """
+    flush = _flush_buffer()
+    fn()  # compile, allocate
+    torch.cuda.synchronize()
+    host = []
+    for _ in range(3):
+        start = time.perf_counter()
+        fn()
+        host.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    queue_s = min(statistics.median(host), 0.02)
+    cycles = int((1.5 * queue_s + 50e-6) * 2.0e9)  # about 2 GHz
+    once = max(time.perf_counter() - start, 1e-5)
+    repetitions = max(5, min(repetitions, int(budget_s / once)))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repetitions)]
+    for begin, end in events:
+        flush.zero_()
+        torch.cuda._sleep(cycles)
+        begin.record()
+        fn()
+        end.record()
+        torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def host_ms(fn: Callable[[], object], repetitions: int = 25) -> float:
+    """Median wall time of `fn` in ms, launches and one synchronisation included."""
+    fn()
+    times = []
+    for _ in range(repetitions):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        fn()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes per second that a large device-to-device copy reaches here (read and write counted)."""
+    source = torch.randn(1 << 28, device="cuda")  # 1 GiB
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (gpu_ms(lambda: target.copy_(source)) * 1e-3)
+
+
+@cache
+def environment() -> dict[str, str]:
+    import triton
+
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": git.stdout.strip(),
+    }
+
+
+def _time(fn: Callable[[], object]) -> tuple[float | None, str]:
+    try:
+        return gpu_ms(fn), ""
+    except Exception as error:  # a peer that cannot run here is a note in the record, not the end of the benchmark
+        torch.cuda.empty_cache()
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+
+
+def run_case(case: Case) -> dict:
+    """Check, time, and return the record of one case.  A wrong kernel is reported and not timed."""
+    floor = max(case.bytes / FLOOR_BANDWIDTH, case.flops / FLOOR_COMPUTE) * 1e3
+    record = {
+        "op": case.op,
+        "shape": case.shape,
+        "dtype": case.dtype,
+        "floor_ms": floor,
+        "aim": case.aim,
+    } | environment()
+    note = ""
+    if case.check is not None:
+        try:
+            case.check()
+        except AssertionError as error:
+            note = f"WRONG, not timed: {error}"
+    if not note:
+        record["ms"], note = _time(case.ours)
+    if record.get("ms"):
+        seconds = record["ms"] * 1e-3
+        if case.bytes / FLOOR_BANDWIDTH >= case.flops / FLOOR_COMPUTE:
+            record["GB/s"] = case.bytes / seconds / 1e9
+            record["of_copy"] = case.bytes / seconds / copy_bandwidth()
+        else:
+            record["TFLOP/s"] = case.flops / seconds / 1e12
+    times = {name: _time(fn) for name, fn in case.peers.items()}
+    record["peers_ms"] = {name: ms for name, (ms, _) in times.items() if ms is not None}
+    notes = [note] * bool(note) + [f"{name}: {why}" for name, (ms, why) in times.items() if ms is None]
+    if notes:
+        record["note"] = "; ".join(notes)
+    if record["peers_ms"]:
+        record["peer"] = min(record["peers_ms"], key=record["peers_ms"].get)
+        record["peer_ms"] = record["peers_ms"][record["peer"]]
+    return record
+
+
+def run_cases(cases: Iterable[Case]) -> list[dict]:
+    """The record of each case, in order.  `cases` may be a generator: each case is dropped before the next is built."""
+    records = []
+    iterator = iter(cases)
+    while (case := next(iterator, None)) is not None:
+        records.append(run_case(case))
+        del case
+        torch.cuda.empty_cache()
+    return records
+
+
+def _cells(r: dict) -> list[str]:
+    ms, peer = r.get("ms"), r.get("peer_ms")
+    if "GB/s" in r:
+        rate = f"{r['GB/s']:,.0f} GB/s ({r['of_copy']:.0%} of copy)"
+    elif "TFLOP/s" in r:
+        rate = f"{r['TFLOP/s']:,.0f} TFLOP/s"
+    else:
+        rate = "-"
+    return [
+        r["op"],
+        r["shape"],
+        r["dtype"],
+        "-" if ms is None else f"{ms:.3f}",
+        rate,
+        f"{r['floor_ms']:.3f}",
+        "-" if peer is None else f"{r['peer']} {peer:.3f}",
+        "-" if None in (peer, ms) else f"{peer / ms:.2f}x",
+        r.get("aim", ""),
+    ]
+
+
+HEADINGS = ["operator", "shape", "dtype", "ours ms", "rate", "floor ms", "best peer ms", "speed-up", "aim"]
+
+
+def print_table(records: list[dict], title: str = "") -> None:
+    """A table of records: with rich where it is installed, plain text otherwise.  Notes follow it."""
+    rows = [_cells(r) for r in records]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*HEADINGS, title=title)
+        for row in rows:
+            table.add_row(*row)
+        console = Console()
+        Console(width=max(console.width, 170)).print(table)
+    except ImportError:
+        widths = [max(len(row[i]) for row in [HEADINGS, *rows]) for i in range(len(HEADINGS))]
+        print(title)
+        for row in [HEADINGS, *rows]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    for r in records:
+        others = {k: v for k, v in r.get("peers_ms", {}).items() if k != r.get("peer")}
+        if others:
+            print(f"{r['op']} {r['shape']}: " + ", ".join(f"{name} {ms:.3f} ms" for name, ms in others.items()))
+        if "note" in r:
+            print(f"{r['op']} {r['shape']}: {r['note']}")
+
+
+def print_json(records: list[dict]) -> None:
+    """One line of JSON, the last on stdout: what a README number is quoted from."""
+    print(json.dumps([{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in records]))
