@@ -5,9 +5,9 @@ dropped token, no atomics, so equal inputs give equal bits.  On a GPU the order 
 (permute.py): the products read the rows of x where they lie, and nothing is asked of the host.
 
 The kernels save one tensor, hs = w relu(z)^2 with z = up_e x: it is what the down projection reads, what its weight
-gradient reads, and it contains relu(z) = sqrt(hs / w).  So a row costs F elements instead of the 2 F of z and its square
-(and the 2 D of its gathered input and output).  The idea of gathering inside the products and of forming dw in the
-epilogue of dH is SonicMoE's (arXiv:2512.14080); the square root is possible because relu^2 can be inverted.
+gradient reads, and it contains relu(z) = sqrt(hs / w).  So a row costs F elements instead of the 2 F of z and its
+square (and the 2 D of its gathered input and output).  Gathering inside the products and forming dw in the epilogue of
+dH are SonicMoE's ideas (arXiv:2512.14080); the square root is possible because relu^2 can be inverted.
 
 Suffixes: T tokens, K chosen, R = T * K rows, D width, F expert hidden width, E experts.
 """
@@ -80,7 +80,11 @@ def _mlp_torch(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, up_EFD: Ten
     scale = weights_R.unsqueeze(-1)
     out = []
     for xe, we, up_e, down_e in zip(
-        rows_RD.split([*sizes, rest])[:-1], scale.split([*sizes, rest])[:-1], up_EFD.unbind(0), down_EDF.unbind(0), strict=True
+        rows_RD.split([*sizes, rest])[:-1],
+        scale.split([*sizes, rest])[:-1],
+        up_EFD.unbind(0),
+        down_EDF.unbind(0),
+        strict=True,
     ):
         hidden = F.linear(xe, up_e).relu()
         out.append(F.linear((hidden * hidden * we).to(rows_RD.dtype), down_e))
@@ -153,7 +157,7 @@ def _check(x: Tensor, up: Tensor, down: Tensor, grads: tuple[Tensor | None, Tens
 
 
 def _on_triton(x: Tensor, up: Tensor, down: Tensor, rows: int, backend: str) -> bool:
-    """The kernels want one dtype for all operands, and at least one row; PyTorch promotes or complains by its own rules."""
+    """The kernels want one dtype for all operands and at least one row; otherwise PyTorch goes by its own rules."""
     return use_triton(x, backend) and x.dtype == up.dtype == down.dtype and rows > 0
 
 
@@ -199,7 +203,9 @@ def experts(
     if _on_triton(x, up, down, experts_TK.numel(), backend):
         order, place, tiles = plan_rows(experts_TK, up.shape[0], row_block(x))
         up, down = up.contiguous(), down.contiguous()
-        return _Experts.apply(_unit_stride(x), weights.contiguous(), up, down, order, place, tiles, (up_grad, down_grad))
+        return _Experts.apply(
+            _unit_stride(x), weights.contiguous(), up, down, order, place, tiles, (up_grad, down_grad)
+        )
     up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
     order, place = sort_by_expert(experts_TK)
     rows = _Gather.apply(x, order, place)

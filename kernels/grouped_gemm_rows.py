@@ -5,9 +5,9 @@
     dH     g = dy_token down_e     -> dz = 2 w relu(z) g, and g . hs   rows gathered, weights (E, D, F) as [K, N]
     dX     dz up_e                 -> dx                               rows in place, weights (E, F, D) as [K, N]
 
-One kernel.  The programs stay resident and walk the tiles expert by expert, rows fastest: a slab of weights is read from
-memory once and then comes from L2 for the expert's other row tiles.  Gathered rows are read where they lie, by pointers;
-weights and rows in place come through tensor descriptors (TMA) where alignment allows, else by pointers too.
+One kernel.  The programs stay resident and walk the tiles expert by expert, rows fastest: a slab of weights is read
+from memory once and then comes from L2 for the expert's other row tiles.  Gathered rows are read where they lie, by
+pointers; weights and rows in place come through tensor descriptors (TMA) where alignment allows, else by pointers too.
 
 dH needs relu(z), which nothing saved: hs = w relu(z)^2 has it.  2 w relu(z) = 2 sign(w) sqrt(w hs), exact even at w = 0
 (where dz = 0), and the square root halves the relative error of a rounded hs.
@@ -64,10 +64,7 @@ def _rows_kernel(
 
         # Rows past the expert's end are computed from whatever row is there, and not stored.
         rows = row0 + tl.arange(0, BLOCK_M)
-        if GATHER:
-            token = tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K
-        else:
-            token = tl.minimum(rows, R - 1)
+        token = tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K if GATHER else tl.minimum(rows, R - 1)
         cols = n0 + tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K)
         a_ptrs = a_ptr + token.to(tl.int64)[:, None] * a_stride + ks[None, :]
@@ -117,7 +114,9 @@ def _rows_kernel(
 
 
 @triton.jit
-def _weight_grad_kernel(part_ptr, w_ptr, place_ptr, end_ptr, dw_ptr, R, PARTS, HAS_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+def _weight_grad_kernel(
+    part_ptr, w_ptr, place_ptr, end_ptr, dw_ptr, R, PARTS, HAS_PLACE: tl.constexpr, BLOCK: tl.constexpr
+):
     """dw_i = sum_n part_n / w, since part holds g . hs = w g . relu(z)^2.  A weight of exactly 0 gets 0."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(place_ptr + i, mask=i < R, other=0) if HAS_PLACE else i

@@ -3,10 +3,10 @@
     dup_e   = sum_r dz_r x_token(r)^T     (F, D): the gathered rows x are on the right
     ddown_e = sum_r dy_token(r) hs_r^T    (D, F): the gathered rows dy are on the left
 
-The sum is short (a few hundred rows) and the result large, so what matters is that storing one tile and loading the next
-overlap.  The gathered rows are masked to zero past the expert's end, and the rows in place need no mask: whatever they
-hold there is multiplied by zero.  An expert without rows gets zeros.  The result can be added to a given buffer instead
-(fp32 or 16 bit), which is how gradients of several micro-batches are summed without a second pass.
+The sum is short (a few hundred rows) and the result large, so what matters is that storing one tile and loading the
+next overlap.  The gathered rows are masked to zero past the expert's end, and the rows in place need no mask: whatever
+finite numbers they hold there are multiplied by zero.  An expert without rows gets zeros.  The result can be added to a
+given buffer instead (fp32 or 16 bit): gradients of several micro-batches are summed without a second pass.
 
 Suffixes: R rows in expert order, E experts, M x N the shape of one expert's matrix.
 """
@@ -32,8 +32,8 @@ def _weights_kernel(
 
     gathered (T or R, M or N) with a row stride, fixed (R, N or M), order (R,).
 
-    One loop runs over all steps of all its tiles, so that loads run ahead across the end of a tile.  The tiles differ in
-    length: an expert of n rows takes ceil(n / BLOCK_K) steps, at least one, in which everything is masked.
+    One loop runs over all steps of all its tiles, so that loads run ahead across the end of a tile.  The tiles differ
+    in length: an expert of n rows takes ceil(n / BLOCK_K) steps; one without rows a single step, with all masked.
     """
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -76,10 +76,7 @@ def _weights_kernel(
         gathered0 = m0 if LEFT else n0
         gcols = gathered0 + tl.arange(0, GATHERED_BLOCK)
         fcols = fixed0 + tl.arange(0, FIXED_BLOCK)
-        if GATHER:
-            token = tl.load(order_ptr + k + ks, mask=live, other=0) // TOP_K
-        else:
-            token = k + ks
+        token = tl.load(order_ptr + k + ks, mask=live, other=0) // TOP_K if GATHER else k + ks
         g_ptrs = gathered_ptr + token.to(tl.int64)[:, None] * stride + gcols[None, :]
         g = tl.load(g_ptrs, mask=live[:, None] & (gcols < GATHERED)[None, :], other=0.0)
         if TMA:
@@ -87,10 +84,8 @@ def _weights_kernel(
         else:
             f_ptrs = fixed_ptr + (k + ks).to(tl.int64)[:, None] * FIXED + fcols[None, :]
             f = tl.load(f_ptrs, mask=live[:, None] & (fcols < FIXED)[None, :], other=0.0)
-        if LEFT:
-            acc = tl.dot(g.T, f, acc, input_precision=PRECISION)
-        else:
-            acc = tl.dot(f.T, g, acc, input_precision=PRECISION)
+        left, right = (g, f) if LEFT else (f, g)
+        acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
         if k + BLOCK_K >= end:
             rows = m0 + tl.arange(0, BLOCK_M)
             cols = n0 + tl.arange(0, BLOCK_N)
@@ -129,8 +124,8 @@ def weight_gradient(
 ) -> Tensor:
     """(E, M, N) in the operands' dtype, or the same added to `buffer`, which is returned.
 
-    gathered: (T, width), whose row order_r // K goes with row r of fixed (R, width); order None: row r itself.  left: the
-    gathered operand gives M, otherwise N.
+    gathered: (T, width), whose row order_r // K goes with row r of fixed (R, width); order None: row r itself.
+    left: the gathered operand gives M, otherwise N.
     """
     E = tiles.offsets_E1.numel() - 1
     M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
@@ -140,8 +135,8 @@ def weight_gradient(
     programs = min(resident_programs(gathered, c.per_sm), E * triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n))
     _weights_kernel[(programs,)](
         gathered, fixed, desc, out, order, tiles.offsets_E1, gathered.stride(0),
-        E=E, E_PAD=triton.next_power_of_2(E), M=M, N=N, TOP_K=top_k, GATHER=order is not None, LEFT=left, TMA=desc is not None,
-        ACCUMULATE=buffer is not None, PRECISION="ieee",
+        E=E, E_PAD=triton.next_power_of_2(E), M=M, N=N, TOP_K=top_k, GATHER=order is not None, LEFT=left,
+        TMA=desc is not None, ACCUMULATE=buffer is not None, PRECISION="ieee",
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out

@@ -67,7 +67,7 @@ def _write_tables(
     counts, offsets_ptr, start_ptr, tile_expert_ptr, max_tiles,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and tile tables from counts [E_PAD] (0 past E): program 0 writes the short ones, all share tile_expert."""
+    """Offsets and tile tables from counts [E_PAD], 0 past E.  Program 0 writes the short ones, all the long one."""
     cols = tl.arange(0, E_PAD)
     ends = tl.cumsum(counts, 0)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
@@ -86,7 +86,8 @@ def _write_tables(
 @triton.jit
 def _place_kernel(
     experts_ptr, hist_ptr, order_ptr, place_ptr, offsets_ptr, start_ptr, tile_expert_ptr, R, BLOCK, max_tiles,
-    E: tl.constexpr, E_PAD: tl.constexpr, SUB: tl.constexpr, HIST: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
+    E: tl.constexpr, E_PAD: tl.constexpr, SUB: tl.constexpr, HIST: tl.constexpr, BLOCK_M: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: the rows of BLOCK consecutive choices, and a share of the tables."""
     b = tl.program_id(0)

@@ -2,7 +2,9 @@
 
     s = sigmoid(x W^T),  I = the K largest of s + bias,  w = scale * s_I / sum s_I
 
-The kernels (routing_kernels.py) do all of it in one launch and save only s and I beside the inputs.  Suffixes: T tokens, D width, E experts, K chosen per token.
+The kernels (routing_kernels.py) do all of it in one launch and save only s and I beside the inputs.
+
+Suffixes: T tokens, D width, E experts, K chosen per token.
 """
 
 from typing import NamedTuple
@@ -67,7 +69,9 @@ class _Route(torch.autograd.Function):
         dscores, dweights = (g if g is None else g.contiguous() for g in (dscores, dweights))
         dx = dw = None
         if dscores is not None or dweights is not None:
-            dx, dw = route_backward(dscores, dweights, *ctx.saved_tensors, ctx.norm, ctx.scale, *ctx.needs_input_grad[:2])
+            dx, dw = route_backward(
+                dscores, dweights, *ctx.saved_tensors, ctx.norm, ctx.scale, *ctx.needs_input_grad[:2]
+            )
         return dx, dw, *(None,) * 6
 
 
@@ -84,9 +88,9 @@ def route(
 ) -> Routes:
     """x: (T, D), any dtype; weight: (E, D); bias: (E,) fp32, no gradient.  Returns Routes, all fp32 but the ids.
 
-    Group limits (n_group > 1): a group scores by its two best experts; only the topk_group best groups can be chosen from.
-    The order of the K experts of a token is not specified.  Scores are fp32-accurate also for bf16 inputs, because an
-    expert's place in the order depends on their last bits.
+    Group limits (n_group > 1): a group scores by its two best experts; only the topk_group best groups are chosen from.
+    The order of the K experts of a token is not specified.  Scores are fp32-accurate also for bf16 inputs, because the
+    choice depends on their last bits.
     """
     E = weight.shape[0]
     options = (top_k, n_group, topk_group, norm_topk_prob, scale)
@@ -94,7 +98,7 @@ def route(
         raise ValueError(f"top_k={top_k} does not fit {E} experts")
     if n_group > 1 and (E % n_group or E // n_group < 2 or not 0 < topk_group <= n_group):
         raise ValueError(f"n_group={n_group}, topk_group={topk_group}: groups of {E} experts need at least two each")
-    if use_triton(x, backend) and 0 < x.shape[0] and E <= MAX_EXPERTS and weight.dtype != torch.float64:
+    if use_triton(x, backend) and x.shape[0] > 0 and E <= MAX_EXPERTS and weight.dtype != torch.float64:
         x = x if x.stride(-1) == 1 else x.contiguous()
         return Routes(*_Route.apply(x, weight.contiguous(), bias, *options))
     return route_reference(x, weight, bias, *options)

@@ -1,9 +1,9 @@
 """Triton kernels of the router: forward in one launch, backward in three and a small sum.
 
-The logits decide which experts compute, so their product has fp32 accuracy whatever the operands: fp32 operands multiply
-outside the tensor cores, and bf16 pairs exactly on them; an fp32 operand that meets a bf16 one is split into bf16 pieces
-that add up to it (three hold 24 bits).  Tensor cores cut off what they add to a long sum instead of rounding it, so long
-sums are broken into short ones.
+The logits decide which experts compute, so their product has fp32 accuracy whatever the operands: fp32 operands are
+multiplied outside the tensor cores, and bf16 pairs exactly on them; an fp32 operand that meets a bf16 one is split into
+bf16 pieces that add up to it (three hold 24 bits).  Tensor cores cut off what they add to a long sum instead of
+rounding it, so long sums are broken into short ones.
 
 Suffixes: T tokens, D width, E experts (E_PAD: next power of two), K chosen per token.
 """
@@ -59,7 +59,7 @@ def _route_kernel(
     N_GROUP: tl.constexpr, G_PAD: tl.constexpr, TOPK_GROUP: tl.constexpr, NORM: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T tokens against all experts.  x (T, D), w (E, D), scores (T, E), weights and experts (T, K)."""
+    """One program: BLOCK_T tokens and all experts.  x (T, D), w (E, D), scores (T, E), weights and experts (T, K)."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = t < T
     t = t.to(tl.int64)

@@ -39,10 +39,14 @@ def truth(inputs: list[Tensor], experts_TK: Tensor) -> list[Tensor]:
     return run(lambda x, w, up, down: experts_reference(x, w, experts_TK, up, down), torch.float64, inputs)
 
 
-def with_kernels(inputs: list[Tensor], experts_TK: Tensor, dtype: torch.dtype = torch.float32, **options) -> list[Tensor]:
+def with_kernels(
+    inputs: list[Tensor], experts_TK: Tensor, dtype: torch.dtype = torch.float32, **options
+) -> list[Tensor]:
     nobody_reads = torch.full((inputs[2].shape[0],), -1, device=inputs[0].device)  # the kernels count for themselves
     return run(
-        lambda x, w, up, down: experts(x, w, experts_TK, nobody_reads, up, down, backend="triton", **options), dtype, inputs
+        lambda x, w, up, down: experts(x, w, experts_TK, nobody_reads, up, down, backend="triton", **options),
+        dtype,
+        inputs,
     )
 
 

@@ -33,7 +33,7 @@ def run(x: Tensor, w: Tensor, dscores: Tensor | None, dweights: Tensor | None, f
 
 
 def given_choice(x: Tensor, w: Tensor, experts_TK: Tensor, norm: bool, scale: float) -> Routes:
-    """The formula with the choice made already: two experts may be equal to the last bit of fp32, but not of float64."""
+    """The formula with the choice made already: experts that tie in fp32 need not tie in float64."""
     scores = torch.nn.functional.linear(x, w).sigmoid()
     weights = scores.gather(-1, experts_TK)
     return Routes(scores, scale * (weights / (weights.sum(-1, keepdim=True) + 1e-20) if norm else weights), experts_TK)
@@ -99,7 +99,10 @@ def test_route_reads_a_slice_in_place_and_breaks_ties_downwards(device: str) -> 
     wide = torch.randn(9, 50, device=device)
     x, w = wide[:, 8:32], torch.randn(6, 24, device=device)
     bias = torch.zeros(6, device=device)
-    assert relative_error(route(x, w, bias, 2, backend="triton").scores_TE, route_reference(x, w, bias, 2).scores_TE) < FP32
+    assert (
+        relative_error(route(x, w, bias, 2, backend="triton").scores_TE, route_reference(x, w, bias, 2).scores_TE)
+        < FP32
+    )
     same = route(x, torch.zeros_like(w), bias, 4, backend="triton").experts_TK
     assert same.tolist() == [[0, 1, 2, 3]] * 9
 
@@ -108,7 +111,9 @@ def test_route_reads_a_slice_in_place_and_breaks_ties_downwards(device: str) -> 
 def test_route_survives_nan(device: str) -> None:
     """Ids stay in range, whatever the scores are: a diverged run must end with a loss of NaN, not a wild address."""
     x = torch.full((5, 16), torch.nan, device=device)
-    experts_TK = route(x, torch.ones(8, 16, device=device), torch.zeros(8, device=device), 3, backend="triton").experts_TK
+    experts_TK = route(
+        x, torch.ones(8, 16, device=device), torch.zeros(8, device=device), 3, backend="triton"
+    ).experts_TK
     assert ((experts_TK >= 0) & (experts_TK < 8)).all()
 
 
