@@ -37,21 +37,71 @@ class Config(NamedTuple):
     stages: int
     per_sm: int = 1  # resident programs per multiprocessor
     flatten: bool = True  # one loop over (tile, k): the next tile's loads start during this tile's epilogue
+    extra_n: int = 0  # a tile is block_n + extra_n wide: 128 + 64 = 192 divides 2688, and Triton wants powers of two
+
+
+@triton.jit
+def _load_b(
+    b_ptr, b_desc, e, k, n0, ks,
+    K: tl.constexpr, N: tl.constexpr, B_IS_NK: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """b[k.., n0..n0 + BLOCK] of expert e.
+
+    A descriptor that runs over one expert's matrix reads the next one's: in n this is not stored, and in k the other
+    operand is zero there.
+    """
+    if TMA and B_IS_NK:
+        b = b_desc.load([e * N + n0, k]).T
+    elif TMA:
+        b = b_desc.load([e * K + k, n0])
+    else:
+        cols = n0 + tl.arange(0, BLOCK)
+        mask = (ks[:, None] < K - k) & (cols < N)[None, :]
+        b_ptr += e.to(tl.int64) * N * K
+        if B_IS_NK:
+            b = tl.load(b_ptr + cols[None, :] * K + (k + ks)[:, None], mask=mask, other=0.0)
+        else:
+            b = tl.load(b_ptr + (k + ks)[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    return b
+
+
+@triton.jit
+def _finish(
+    acc, out_ptr, hs_ptr, w, rows, live, n0, N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Epilogue and store of one accumulator; returns g . hs per row for DRELU2."""
+    cols = n0 + tl.arange(0, BLOCK)
+    mask = live[:, None] & (cols < N)[None, :]
+    where = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    dot = w
+    if EPILOGUE == RELU2:
+        z = tl.maximum(acc, 0.0)
+        acc = z * z * w[:, None]
+    if EPILOGUE == DRELU2:
+        hs = tl.load(hs_ptr + where, mask=mask, other=0.0).to(tl.float32)
+        dot = tl.sum(acc * hs, 1)
+        sign = tl.where(w < 0, -2.0, 2.0)
+        acc *= sign[:, None] * tl.sqrt(hs * w[:, None])
+    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    return dot
 
 
 @triton.jit
 def _rows_kernel(
-    a_ptr, a_desc, b_ptr, b_desc, out_ptr, order_ptr, w_ptr, hs_ptr, part_ptr,
+    a_ptr, a_desc, b_ptr, b_desc, extra_desc, out_ptr, order_ptr, w_ptr, hs_ptr, part_ptr,
     offsets_ptr, start_ptr, tile_expert_ptr, R, a_stride,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
     GATHER: tl.constexpr, B_IS_NK: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile.  a (R or T, K), b (E, N, K) or (E, K, N), out hs (R, N), w, order (R,).
 
-    part (ceil(N / BLOCK_N), R): what each column of tiles adds to g . hs; summed later, in a fixed order.
+    A tile is BLOCK_N + EXTRA_N wide; the extra columns have an accumulator of their own.
+    part (tiles in N, R): what each column of tiles adds to g . hs; summed later, in a fixed order.
     """
-    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
+    N_TILES: tl.constexpr = (N + WIDTH - 1) // WIDTH
     total = tl.load(start_ptr + E) * N_TILES
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=FLATTEN):
         e = tl.load(tile_expert_ptr + tile // N_TILES)
@@ -60,20 +110,17 @@ def _rows_kernel(
         local = tile - first * N_TILES
         row0 = tl.load(offsets_ptr + e) + (local % m_tiles) * BLOCK_M
         end = tl.load(offsets_ptr + e + 1)
-        n0 = (local // m_tiles) * BLOCK_N
+        n0 = (local // m_tiles) * WIDTH
 
         # Rows past the expert's end are computed from whatever row is there, and not stored.
         rows = row0 + tl.arange(0, BLOCK_M)
         token = tl.load(order_ptr + rows, mask=rows < end, other=0) // TOP_K if GATHER else tl.minimum(rows, R - 1)
-        cols = n0 + tl.arange(0, BLOCK_N)
         ks = tl.arange(0, BLOCK_K)
         a_ptrs = a_ptr + token.to(tl.int64)[:, None] * a_stride + ks[None, :]
-        if B_IS_NK:
-            b_ptrs = b_ptr + e.to(tl.int64) * N * K + cols[None, :] * K + ks[:, None]
-        else:
-            b_ptrs = b_ptr + e.to(tl.int64) * N * K + ks[:, None] * N + cols[None, :]
 
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if EXTRA_N > 0:
+            extra = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
         for k in range(0, K, BLOCK_K):
             if A_TMA:
                 a = a_desc.load([row0, k])
@@ -81,36 +128,23 @@ def _rows_kernel(
                 a = tl.load(a_ptrs + k)
             else:
                 a = tl.load(a_ptrs + k, mask=ks[None, :] < K - k, other=0.0)
-            # A descriptor that runs over one expert's matrix reads the next one's: in n this is not stored, and in k
-            # the other operand is zero there.
-            if B_TMA and B_IS_NK:
-                b = b_desc.load([e * N + n0, k]).T
-            elif B_TMA:
-                b = b_desc.load([e * K + k, n0])
-            elif B_IS_NK:
-                b = tl.load(b_ptrs + k, mask=(ks[:, None] < K - k) & (cols < N)[None, :], other=0.0)
-            else:
-                b = tl.load(b_ptrs + k * N, mask=(ks[:, None] < K - k) & (cols < N)[None, :], other=0.0)
+            b = _load_b(b_ptr, b_desc, e, k, n0, ks, K, N, B_IS_NK, B_TMA, BLOCK_N)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            if EXTRA_N > 0:
+                b = _load_b(b_ptr, extra_desc, e, k, n0 + BLOCK_N, ks, K, N, B_IS_NK, B_TMA, EXTRA_N)
+                extra = tl.dot(a, b, extra, input_precision=PRECISION)
 
-        # Computed anew rather than kept in registers across the loop.
-        rows = row0 + tl.arange(0, BLOCK_M)
-        cols = n0 + tl.arange(0, BLOCK_N)
+        rows = row0 + tl.arange(0, BLOCK_M)  # computed anew rather than kept in registers across the loop
         live = rows < end
-        mask = live[:, None] & (cols < N)[None, :]
-        where = rows.to(tl.int64)[:, None] * N + cols[None, :]
+        w = tl.zeros([BLOCK_M], tl.float32)
         if EPILOGUE != PLAIN:
             choice = tl.load(order_ptr + rows, mask=live, other=0) if GATHER else rows
             w = tl.load(w_ptr + choice, mask=live, other=0.0).to(tl.float32)
-        if EPILOGUE == RELU2:
-            z = tl.maximum(acc, 0.0)
-            acc = z * z * w[:, None]
+        dot = _finish(acc, out_ptr, hs_ptr, w, rows, live, n0, N, EPILOGUE, BLOCK_N)
+        if EXTRA_N > 0:
+            dot += _finish(extra, out_ptr, hs_ptr, w, rows, live, n0 + BLOCK_N, N, EPILOGUE, EXTRA_N)
         if EPILOGUE == DRELU2:
-            hs = tl.load(hs_ptr + where, mask=mask, other=0.0).to(tl.float32)
-            tl.store(part_ptr + (n0 // BLOCK_N).to(tl.int64) * R + rows, tl.sum(acc * hs, 1), mask=live)
-            sign = tl.where(w < 0, -2.0, 2.0)
-            acc *= sign[:, None] * tl.sqrt(hs * w[:, None])
-        tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(part_ptr + (n0 // WIDTH).to(tl.int64) * R + rows, dot, mask=live)
 
 
 @triton.jit
@@ -140,7 +174,7 @@ HOPPER = {
 }
 SMALL_SHARED = Config(128, 128, 32, 8, 3, flatten=False)  # sm_80 and kin: no TMA, down to 99 KiB of shared memory
 FULL_PRECISION = Config(64, 64, 32, 4, 2, flatten=False)  # fp32: multiply-adds outside the tensor cores
-INTERPRETED = Config(16, 32, 16, 4, 1)  # small tiles, so that tiny shapes have several
+INTERPRETED = Config(16, 32, 16, 4, 1, extra_n=16)  # small tiles, so that tiny shapes have several
 
 
 def has_tma(x: Tensor) -> bool:
@@ -195,17 +229,20 @@ def _multiply(
     c = config_for(product, a)
     R = a.shape[0] if order is None else order.numel()
     out = torch.empty(R, N, dtype=a.dtype, device=a.device)
-    n_tiles = triton.cdiv(N, c.block_n)
+    n_tiles = triton.cdiv(N, c.block_n + c.extra_n)
     part = torch.empty(n_tiles, R, dtype=torch.float32, device=a.device) if epilogue is DRELU2 else None
     a_desc = None if gathered else describe(a, c.block_m, c.block_k)
-    b_desc = describe(b, *((c.block_n, c.block_k) if b_is_nk else (c.block_k, c.block_n)))
+    b_desc, extra_desc = (
+        describe(b, *((width, c.block_k) if b_is_nk else (c.block_k, width))) if width else None
+        for width in (c.block_n, c.extra_n)
+    )
     programs = min(resident_programs(a, c.per_sm), tiles.tile_expert.numel() * n_tiles)
     _rows_kernel[(programs,)](
-        a, a_desc, b, b_desc, out, order, w, hs, part, *tiles[:3], R, a.stride(0),
+        a, a_desc, b, b_desc, extra_desc, out, order, w, hs, part, *tiles[:3], R, a.stride(0),
         E=E, K=K, N=N, TOP_K=top_k, GATHER=gathered and order is not None, B_IS_NK=b_is_nk,
         A_TMA=a_desc is not None, B_TMA=b_desc is not None, EPILOGUE=epilogue,
-        PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k,
-        num_warps=c.warps, num_stages=c.stages,
+        PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
+        BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out, part
 
