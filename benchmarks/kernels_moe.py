@@ -300,6 +300,9 @@ def cases(T: int) -> Iterator[Case]:
 
 # M, N, K of the tile, warps, stages, programs per multiprocessor, one loop over tiles and steps.
 ROW_CONFIGS = [
+    Config(128, 128, 64, 8, 3, extra_n=64),
+    Config(128, 128, 64, 8, 4, extra_n=64),
+    Config(128, 128, 64, 8, 4, 1, False, extra_n=64),
     Config(128, 256, 64, 8, 3),
     Config(128, 256, 64, 8, 4),
     Config(128, 256, 64, 8, 3, 1, False),
@@ -315,6 +318,11 @@ ROW_CONFIGS = [
     Config(256, 128, 64, 8, 3),
 ]
 WEIGHT_CONFIGS = [
+    Config(128, 128, 64, 8, 5, extra_n=64),
+    Config(128, 128, 64, 8, 3, extra_n=64),
+    Config(128, 128, 64, 8, 7, extra_n=64),
+    Config(128, 128, 32, 8, 7, extra_n=64),
+    Config(128, 128, 32, 8, 9, extra_n=64),
     Config(128, 256, 64, 8, 5),
     Config(256, 128, 64, 8, 5),
     Config(128, 256, 64, 8, 3),

@@ -22,26 +22,57 @@ from kernels.permute import Tiles
 
 
 @triton.jit
+def _load_gathered(ptr, token, live, col0, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK_K, BLOCK] of the gathered operand, zero where `live` is not."""
+    cols = col0 + tl.arange(0, BLOCK)
+    ptrs = ptr + token.to(tl.int64)[:, None] * stride + cols[None, :]
+    return tl.load(ptrs, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_fixed(ptr, desc, row0, rows, live, col0, WIDTH: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK_K, BLOCK] of the operand in place; from a descriptor it is finite where `live` is not, else zero."""
+    if TMA:
+        x = desc.load([row0, col0])
+    else:
+        cols = col0 + tl.arange(0, BLOCK)
+        ptrs = ptr + rows.to(tl.int64)[:, None] * WIDTH + cols[None, :]
+        x = tl.load(ptrs, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    return x
+
+
+@triton.jit
+def _store(
+    acc, out_ptr, e, m0, n0, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = m0 + tl.arange(0, BLOCK_M)
+    cols = n0 + tl.arange(0, BLOCK_N)
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    ptrs = out_ptr + (tl.cast(e, tl.int64) * M + rows)[:, None] * N + cols[None, :]
+    if ACCUMULATE:
+        acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _weights_kernel(
-    gathered_ptr, fixed_ptr, fixed_desc, out_ptr, order_ptr, offsets_ptr, stride,
+    gathered_ptr, fixed_ptr, fixed_desc, extra_desc, out_ptr, order_ptr, offsets_ptr, stride,
     E: tl.constexpr, E_PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
     GATHER: tl.constexpr, LEFT: tl.constexpr, TMA: tl.constexpr, ACCUMULATE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile of out (E, M, N).  LEFT: the gathered operand gives the M rows of out.
 
-    gathered (T or R, M or N) with a row stride, fixed (R, N or M), order (R,).
+    gathered (T or R, M or N) with a row stride, fixed (R, N or M), order (R,).  A tile is BLOCK_N + EXTRA_N wide; the
+    extra columns have an accumulator of their own.
 
     One loop runs over all steps of all its tiles, so that loads run ahead across the end of a tile.  The tiles differ
     in length: an expert of n rows takes ceil(n / BLOCK_K) steps; one without rows a single step, with all masked.
     """
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    N_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    N_TILES: tl.constexpr = (N + BLOCK_N + EXTRA_N - 1) // (BLOCK_N + EXTRA_N)
     TILES: tl.constexpr = M_TILES * N_TILES
-    FIXED: tl.constexpr = N if LEFT else M
-    GATHERED: tl.constexpr = M if LEFT else N
-    FIXED_BLOCK: tl.constexpr = BLOCK_N if LEFT else BLOCK_M
-    GATHERED_BLOCK: tl.constexpr = BLOCK_M if LEFT else BLOCK_N
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
 
@@ -61,6 +92,8 @@ def _weights_kernel(
     n0 = 0
     ks = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if EXTRA_N > 0:
+        extra = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
     # Tile and k move on at the top of the loop: the pipeliner runs that part ahead, with the loads.
     for _ in range(0, total):
         k += BLOCK_K
@@ -68,41 +101,39 @@ def _weights_kernel(
             tile += programs
             e = tile // TILES
             m0 = (tile % M_TILES) * BLOCK_M
-            n0 = (tile // M_TILES % N_TILES) * BLOCK_N
+            n0 = (tile // M_TILES % N_TILES) * (BLOCK_N + EXTRA_N)
             k = tl.load(offsets_ptr + e)
             end = tl.load(offsets_ptr + e + 1)
         live = ks < end - k
-        fixed0 = n0 if LEFT else m0
-        gathered0 = m0 if LEFT else n0
-        gcols = gathered0 + tl.arange(0, GATHERED_BLOCK)
-        fcols = fixed0 + tl.arange(0, FIXED_BLOCK)
-        token = tl.load(order_ptr + k + ks, mask=live, other=0) // TOP_K if GATHER else k + ks
-        g_ptrs = gathered_ptr + token.to(tl.int64)[:, None] * stride + gcols[None, :]
-        g = tl.load(g_ptrs, mask=live[:, None] & (gcols < GATHERED)[None, :], other=0.0)
-        if TMA:
-            f = fixed_desc.load([k, fixed0])
+        rows = k + ks
+        token = tl.load(order_ptr + rows, mask=live, other=0) // TOP_K if GATHER else rows
+        if LEFT:
+            left = _load_gathered(gathered_ptr, token, live, m0, stride, M, BLOCK_M)
+            right = _load_fixed(fixed_ptr, fixed_desc, k, rows, live, n0, N, TMA, BLOCK_N)
         else:
-            f_ptrs = fixed_ptr + (k + ks).to(tl.int64)[:, None] * FIXED + fcols[None, :]
-            f = tl.load(f_ptrs, mask=live[:, None] & (fcols < FIXED)[None, :], other=0.0)
-        left, right = (g, f) if LEFT else (f, g)
+            left = _load_fixed(fixed_ptr, fixed_desc, k, rows, live, m0, M, TMA, BLOCK_M)
+            right = _load_gathered(gathered_ptr, token, live, n0, stride, N, BLOCK_N)
         acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
+        if EXTRA_N > 0:
+            if LEFT:
+                right = _load_fixed(fixed_ptr, extra_desc, k, rows, live, n0 + BLOCK_N, N, TMA, EXTRA_N)
+            else:
+                right = _load_gathered(gathered_ptr, token, live, n0 + BLOCK_N, stride, N, EXTRA_N)
+            extra = tl.dot(left.T, right, extra, input_precision=PRECISION)
         if k + BLOCK_K >= end:
-            rows = m0 + tl.arange(0, BLOCK_M)
-            cols = n0 + tl.arange(0, BLOCK_N)
-            mask = (rows < M)[:, None] & (cols < N)[None, :]
-            out_ptrs = out_ptr + (tl.cast(e, tl.int64) * M + rows)[:, None] * N + cols[None, :]
-            if ACCUMULATE:
-                acc += tl.load(out_ptrs, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            _store(acc, out_ptr, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, BLOCK_N)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            if EXTRA_N > 0:
+                _store(extra, out_ptr, e, m0, n0 + BLOCK_N, M, N, ACCUMULATE, BLOCK_M, EXTRA_N)
+                extra = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
 
 
-# 256 goes along D = 2688 (10.5 tiles), 128 along F = 1856 (14.5): the other way round wastes 10 % instead of 5.  Of the
-# stages, half go to reading the row numbers ahead of the rows.
-HOPPER = {False: Config(128, 256, 64, 8, 5), True: Config(256, 128, 64, 8, 5)}  # by whether the left one is gathered
+# By whether the left operand is gathered.  192 columns as in the row products.  Of the stages, half go to reading the
+# row numbers ahead of the rows.
+HOPPER = {False: Config(128, 128, 64, 8, 5, extra_n=64), True: Config(128, 128, 64, 8, 5, extra_n=64)}
 SMALL_SHARED = Config(128, 128, 32, 8, 3)
 FULL_PRECISION = Config(64, 64, 32, 4, 2)
-INTERPRETED = Config(16, 32, 16, 4, 1)
+INTERPRETED = Config(16, 32, 16, 4, 1, extra_n=16)
 
 
 def config_for(x: Tensor, left: bool) -> Config:
@@ -132,11 +163,14 @@ def weight_gradient(
     c = config_for(gathered, left)
     out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
     desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)
-    programs = min(resident_programs(gathered, c.per_sm), E * triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n))
+    extra_desc = describe(fixed, c.block_k, c.extra_n) if left and c.extra_n else None
+    tiles_per_expert = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n + c.extra_n)
+    programs = min(resident_programs(gathered, c.per_sm), E * tiles_per_expert)
     _weights_kernel[(programs,)](
-        gathered, fixed, desc, out, order, tiles.offsets_E1, gathered.stride(0),
+        gathered, fixed, desc, extra_desc, out, order, tiles.offsets_E1, gathered.stride(0),
         E=E, E_PAD=triton.next_power_of_2(E), M=M, N=N, TOP_K=top_k, GATHER=order is not None, LEFT=left,
         TMA=desc is not None, ACCUMULATE=buffer is not None, PRECISION="ieee",
-        BLOCK_M=c.block_m, BLOCK_N=c.block_n, BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+        BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
+        BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out
