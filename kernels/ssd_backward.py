@@ -68,11 +68,11 @@ def _dx_block(
     chunk,
     g,
     S,
-    H,
-    x_token,
+    H: tl.constexpr,
+    x_token: tl.constexpr,
     x_head,
-    B_token,
-    C_token,
+    B_token: tl.constexpr,
+    C_token: tl.constexpr,
     FIRST: tl.constexpr,
     HAS_IDX: tl.constexpr,
     P: tl.constexpr,
@@ -95,12 +95,11 @@ def _dx_block(
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
     own = tl.sum(C.to(tl.float32) * B.to(tl.float32), axis=1)
     visible = r[:, None] < r[None, :]  # [j, i], without the diagonal
-    same = r[:, None] <= r[None, :]
+    diagonal = r[:, None] == r[None, :]
     if HAS_IDX:
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
         match = idx[:, None] == idx[None, :]
         visible = visible & match
-        same = same & match
     BC = tl.where(visible, tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)  # [R, N] @ [N, R]
     dBC = tl.zeros([R, R], dtype=tl.float32)
     if FIRST:
@@ -118,48 +117,49 @@ def _dx_block(
     for k in tl.range(0, SHARE, num_stages=STAGES):
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
-        v = vector * Q + half + r
-        step = tl.load(step_ptr + v)
-        a = tl.load(decay_ptr + v)
-        to_end = tl.load(to_end_ptr + v)
+        v = vector * Q + half
+        step = tl.load(step_ptr + v + r)
+        a = tl.load(decay_ptr + v + r)
+        to_end = tl.load(to_end_ptr + v + r)
         D = tl.load(D_ptr + h).to(tl.float32)
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
         dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
         dx = tl.dot(B, tl.trans(dstate), input_precision="ieee") * to_end[:, None]  # [R, N] @ [N, P]
         leave = tl.sum(dx * x.to(tl.float32), axis=1)
-        skip = tl.sum(x.to(tl.float32) * dy.to(tl.float32), axis=1)
         dx += dy.to(tl.float32) * (own * step + D)[:, None]
+        # Sums of M come before the product that needs `mixing`, so that fewer tiles are alive at once.
         G = tl.dot(x, tl.trans(dy), input_precision="ieee")  # [j, i]: [R, P] @ [P, R]
+        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
         source = a - tl.log2(tl.maximum(step, TINY))
         L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
         dBC += G * L
         mixing = BC * L
-        dx = tl.dot(mixing.to(x.dtype), dy, dx, input_precision="ieee")  # [R, R] @ [R, P]
         M = mixing * G
         columns = tl.sum(M, axis=1)
         rows = tl.sum(M, axis=0)
+        dx = tl.dot(mixing.to(x.dtype), dy, dx, input_precision="ieee")  # [R, R] @ [R, P]
         if FIRST:
-            before = tl.load(middle_ptr + v)
-            after = tl.load(middle_ptr + v + R)
+            before = tl.load(middle_ptr + v + r)
+            after = tl.load(middle_ptr + v + R + r)
             dy_right = load_rows(dy_ptr + h * P, later, H * P, S, r, p, P)
             G = tl.dot(x, tl.trans(dy_right), input_precision="ieee")
             L = before[:, None] * after[None, :]
             dBC_right += G * L
             mixing = BC_right * L
-            dx = tl.dot(mixing.to(x.dtype), dy_right, dx, input_precision="ieee")
             M = mixing * G
             columns += tl.sum(M, axis=1)
-            tl.store(late_ptr + v + R, tl.sum(M, axis=0))
+            tl.store(late_ptr + v + R + r, tl.sum(M, axis=0))
+            dx = tl.dot(mixing.to(x.dtype), dy_right, dx, input_precision="ieee")
         inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
-        tl.store(direct_ptr + v, (columns + leave) * inverse + own * skip)
-        tl.store(net_ptr + v, rows - columns)
-        tl.store(leave_ptr + v, leave)
-        tl.store(skip_ptr + v, skip)
-        tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + r[:, None] * (H * P) + p[None, :], dx, mask=real)
+        tl.store(direct_ptr + v + r, (columns + leave) * inverse + own * skip)
+        tl.store(net_ptr + v + r, rows - columns)
+        tl.store(leave_ptr + v + r, leave)
+        tl.store(skip_ptr + v + r, skip)
+        tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + (r[:, None] * (H * P) + p[None, :]), dx, mask=real)
     out = dCB_ptr + half * Q + half + r[:, None] * Q + r[None, :]
     element: tl.constexpr = dCB_ptr.dtype.element_ty
-    tl.store(out, tl.where(same, dBC, 0.0).to(element))
+    tl.store(out, tl.where(visible | diagonal, dBC, 0.0).to(element))
     if FIRST:
         if HAS_IDX:
             dBC_right = tl.where(match_right, dBC_right, 0.0)
@@ -187,16 +187,16 @@ def _dx_kernel(
     skip_ptr,
     idx_ptr,
     S,
-    H,
+    H: tl.constexpr,
     n_chunks,
     x_batch,
-    x_token,
+    x_token: tl.constexpr,
     x_head,
     B_batch,
-    B_token,
+    B_token: tl.constexpr,
     B_group,
     C_batch,
-    C_token,
+    C_token: tl.constexpr,
     C_group,
     idx_batch,
     HAS_IDX: tl.constexpr,
@@ -255,10 +255,10 @@ def _dB_block(
     g,
     half,
     S,
-    H,
-    x_token,
+    H: tl.constexpr,
+    x_token: tl.constexpr,
     x_head,
-    C_token,
+    C_token: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -285,7 +285,7 @@ def _dB_block(
     for k in tl.range(0, SHARE, num_stages=STAGES):
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
-        to_end = tl.load(to_end_ptr + vector * Q + half + r)
+        to_end = tl.load(to_end_ptr + (vector * Q + half) + r)
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
         dB += tl.dot(x, dstate, input_precision="ieee") * to_end[:, None]  # [R, P] @ [P, N]
@@ -302,20 +302,17 @@ def _dC_block(
     B_ptr,
     C_ptr,
     from_start_ptr,
-    keep_ptr,
     states_ptr,
-    dstates_ptr,
     dCB_ptr,
     dC_ptr,
     enter_ptr,
-    through_ptr,
     item,
     chunk,
     g,
     S,
-    H,
-    B_token,
-    C_token,
+    H: tl.constexpr,
+    B_token: tl.constexpr,
+    C_token: tl.constexpr,
     FIRST: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -325,7 +322,7 @@ def _dC_block(
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dC_i = sum_j dCB_ji B_j + sum_h u_i dy_i S for one block of tokens i; r_i; with the first block keep <dS, S>."""
+    """dC_i = sum_j dCB_ji B_j + sum_h u_i dy_i S for one block of tokens i, and r_i."""
     Q: tl.constexpr = 2 * R
     half: tl.constexpr = 0 if FIRST else R
     r = tl.arange(0, R)
@@ -346,22 +343,40 @@ def _dC_block(
     for k in tl.range(0, SHARE, num_stages=STAGES):
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
-        v = vector * Q + half + r
-        from_start = tl.load(from_start_ptr + v)
+        v = vector * Q + half
+        from_start = tl.load(from_start_ptr + v + r)
         dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
         part = tl.dot(dy, state, input_precision="ieee") * from_start[:, None]  # [R, P] @ [P, N]
         dC += part
-        tl.store(enter_ptr + v, tl.sum(part * C.to(tl.float32), axis=1))
-        if FIRST:
-            dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-            product = tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), axis=1), axis=0)
-            tl.store(through_ptr + vector, product * tl.load(keep_ptr + vector))
+        tl.store(enter_ptr + v + r, tl.sum(part * C.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
     if N != BLOCK_N:
         mask = mask & (n < N)[None, :]
     groups = H // SHARE
     tl.store(dC_ptr + (start.to(tl.int64) * groups + g) * N + r[:, None] * (groups * N) + n[None, :], dC, mask=mask)
+
+
+@triton.jit
+def _through_block(
+    keep_ptr,
+    states_ptr,
+    dstates_ptr,
+    through_ptr,
+    item,
+    g,
+    H: tl.constexpr,
+    SIZE: tl.constexpr,
+    SHARE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """keep <dS, S> of a chunk, for a group's heads.  The programs beside this one read the same states: L2 has them."""
+    e = tl.arange(0, SIZE)
+    for k in tl.range(0, SHARE, num_stages=STAGES):
+        vector = (item * H + g * SHARE + k).to(tl.int64)
+        state = tl.load(states_ptr + vector * SIZE + e).to(tl.float32)
+        dstate = tl.load(dstates_ptr + vector * SIZE + e).to(tl.float32)
+        tl.store(through_ptr + vector, tl.sum(state * dstate, axis=0) * tl.load(keep_ptr + vector))
 
 
 @triton.jit
@@ -381,16 +396,16 @@ def _dBC_kernel(
     enter_ptr,
     through_ptr,
     S,
-    H,
+    H: tl.constexpr,
     n_chunks,
     x_batch,
-    x_token,
+    x_token: tl.constexpr,
     x_head,
     B_batch,
-    B_token,
+    B_token: tl.constexpr,
     B_group,
     C_batch,
-    C_token,
+    C_token: tl.constexpr,
     C_group,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -400,9 +415,9 @@ def _dBC_kernel(
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: dB or dC of one block of R tokens and one group.  dB, dC (B, S, G, N) contiguous."""
-    role = tl.program_id(0) % 4
-    g = tl.program_id(0) // 4
+    """One program: one group and dB or dC of R tokens, or keep <dS, S> of a chunk.  dB, dC (B, S, G, N) contiguous."""
+    role = tl.program_id(0) % 5
+    g = tl.program_id(0) // 5
     item = tl.program_id(1)
     row = item // n_chunks
     chunk = item % n_chunks
@@ -422,13 +437,17 @@ def _dBC_kernel(
         )  # fmt: skip
     elif role == 2:
         _dC_block(
-            dy, B, C, from_start_ptr, keep_ptr, states_ptr, dstates_ptr, dCB, dC, enter_ptr, through_ptr,
-            item, chunk, g, S, H, B_token, C_token, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            dy, B, C, from_start_ptr, states_ptr, dCB, dC, enter_ptr, item, chunk, g, S, H, B_token, C_token,
+            True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        )  # fmt: skip
+    elif role == 3:
+        _dC_block(
+            dy, B, C, from_start_ptr, states_ptr, dCB, dC, enter_ptr, item, chunk, g, S, H, B_token, C_token,
+            False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     else:
-        _dC_block(
-            dy, B, C, from_start_ptr, keep_ptr, states_ptr, dstates_ptr, dCB, dC, enter_ptr, through_ptr,
-            item, chunk, g, S, H, B_token, C_token, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        _through_block(
+            keep_ptr, states_ptr, dstates_ptr, through_ptr, item, g, H, BLOCK_P * BLOCK_N, SHARE, STAGES
         )  # fmt: skip
 
 
@@ -533,7 +552,7 @@ def dB_and_dC(
     n_chunks = triton.cdiv(S, tiles.Q)
     dB = torch.empty(Bt, S, G, N, device=x.device, dtype=B.dtype)
     dC = torch.empty(Bt, S, G, N, device=x.device, dtype=C.dtype)
-    _dBC_kernel[(4 * G, Bt * n_chunks)](
+    _dBC_kernel[(5 * G, Bt * n_chunks)](
         x, dy, B, C, steps.to_end, steps.from_start, steps.keep, states, dstates, dCB, dB, dC, flows.enter, flows.through,
         S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),

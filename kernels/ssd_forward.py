@@ -182,7 +182,8 @@ def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
     mask = (rows < end - start)[:, None]
     if cols.shape[0] != COLS:
         mask = mask & (cols < COLS)[None, :]
-    return tl.load(ptr + start.to(tl.int64) * stride + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    ptr += start.to(tl.int64) * stride
+    return tl.load(ptr + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -202,10 +203,10 @@ def _carry(
     p,
     n,
     S,
-    H,
+    H: tl.constexpr,
     n_chunks,
-    value_token,
-    key_token,
+    value_token: tl.constexpr,
+    key_token: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     P: tl.constexpr,
@@ -237,8 +238,8 @@ def _carry(
         token = (q < S - start)[None, :]
         if P != BLOCK_P:
             token = token & (p < P)[:, None]
-        offset = start.to(tl.int64) * value_token + q[None, :] * value_token + p[:, None]
-        value = tl.load(value_ptr + offset, mask=token, other=0.0)  # [P, Q]
+        p_value = value_ptr + start.to(tl.int64) * value_token
+        value = tl.load(p_value + (q[None, :] * value_token + p[:, None]), mask=token, other=0.0)  # [P, Q]
         key = load_rows(key_ptr, start, key_token, S, q, n, N)  # [Q, N]
         weight = tl.load(weight_ptr + vector * Q + q)
         value = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
@@ -263,17 +264,17 @@ def _states_kernel(
     dfirst_ptr,
     keep_ptr,
     S,
-    H,
+    H: tl.constexpr,
     n_chunks,
     share,
     x_batch,
-    x_token,
+    x_token: tl.constexpr,
     x_head,
     B_batch,
-    B_token,
+    B_token: tl.constexpr,
     B_group,
     C_batch,
-    C_token,
+    C_token: tl.constexpr,
     C_group,
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -342,11 +343,11 @@ def _scan_block(
     chunk,
     h0,
     S,
-    H,
-    x_token,
+    H: tl.constexpr,
+    x_token: tl.constexpr,
     x_head,
-    B_token,
-    C_token,
+    B_token: tl.constexpr,
+    C_token: tl.constexpr,
     SECOND: tl.constexpr,
     HAS_IDX: tl.constexpr,
     P: tl.constexpr,
@@ -387,10 +388,10 @@ def _scan_block(
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
         vector = (item * H + h).to(tl.int64)
-        v = vector * Q + half + r
-        step = tl.load(step_ptr + v)
-        a = tl.load(decay_ptr + v)
-        enter = tl.load(from_start_ptr + v)
+        v = vector * Q + half
+        step = tl.load(step_ptr + v + r)
+        a = tl.load(decay_ptr + v + r)
+        enter = tl.load(from_start_ptr + v + r)
         D = tl.load(D_ptr + h).to(tl.float32)
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
@@ -400,8 +401,8 @@ def _scan_block(
         mixing = CB * tl.exp2(tl.minimum(a[:, None] - source[None, :], LARGEST))
         y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")  # [R, R] @ [R, P]
         if SECOND:
-            before = tl.load(middle_ptr + v - half)
-            after = tl.load(middle_ptr + v)
+            before = tl.load(middle_ptr + v - half + r)
+            after = tl.load(middle_ptr + v + r)
             x_left = load_rows(x_ptr + h * x_head, begin, x_token, S, r, p, P)
             mixing = CB_left * (after[:, None] * before[None, :])
             y = tl.dot(mixing.to(x.dtype), x_left, y, input_precision="ieee")
@@ -425,17 +426,17 @@ def _scan_kernel(
     y_ptr,
     idx_ptr,
     S,
-    H,
+    H: tl.constexpr,
     n_chunks,
     share,
     x_batch,
-    x_token,
+    x_token: tl.constexpr,
     x_head,
     B_batch,
-    B_token,
+    B_token: tl.constexpr,
     B_group,
     C_batch,
-    C_token,
+    C_token: tl.constexpr,
     C_group,
     idx_batch,
     HAS_IDX: tl.constexpr,
