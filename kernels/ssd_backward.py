@@ -102,6 +102,7 @@ def _dx_block(
         visible = visible & match
     BC = tl.where(visible, tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)  # [R, N] @ [N, R]
     dBC = tl.zeros([R, R], dtype=tl.float32)
+    down = tl.zeros([R], dtype=tl.float32)  # its diagonal, by itself: there a - log2(dt) would lose digits of dt
     if FIRST:
         C = load_rows(C_ptr, later, C_token, S, r, n, N)
         BC_right = tl.dot(B, tl.trans(C), input_precision="ieee")
@@ -134,6 +135,7 @@ def _dx_block(
         source = a - tl.log2(tl.maximum(step, TINY))
         L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
         dBC += G * L
+        down += skip * step
         mixing = BC * L
         M = mixing * G
         columns = tl.sum(M, axis=1)
@@ -159,7 +161,7 @@ def _dx_block(
         tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + (r[:, None] * (H * P) + p[None, :]), dx, mask=real)
     out = dCB_ptr + half * Q + half + r[:, None] * Q + r[None, :]
     element: tl.constexpr = dCB_ptr.dtype.element_ty
-    tl.store(out, tl.where(visible | diagonal, dBC, 0.0).to(element))
+    tl.store(out, tl.where(visible, dBC, tl.where(diagonal, down[:, None], 0.0)).to(element))
     if FIRST:
         if HAS_IDX:
             dBC_right = tl.where(match_right, dBC_right, 0.0)

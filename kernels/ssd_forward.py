@@ -180,72 +180,13 @@ def pick_tiles(dtype: torch.dtype, device: torch.device, P: int, N: int) -> Tile
 def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
     """[rows, cols] from row `start` on, zeros from row `end` and from column COLS on.  ptr: row 0."""
     mask = (rows < end - start)[:, None]
-    if cols.shape[0] != COLS:
+    if COLS < cols.shape[0] or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
         mask = mask & (cols < COLS)[None, :]
     ptr += start.to(tl.int64) * stride
     return tl.load(ptr + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _carry(
-    value_ptr,
-    key_ptr,
-    weight_ptr,
-    keep_ptr,
-    first_ptr,
-    states_ptr,
-    last_ptr,
-    row,
-    h,
-    p,
-    n,
-    S,
-    H: tl.constexpr,
-    n_chunks,
-    value_token: tl.constexpr,
-    key_token: tl.constexpr,
-    REVERSE: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    Q: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """state <- keep state + sum_t weight_t value_t key_t^T over a row's chunks, what enters each chunk stored before.
-
-    value, key: at this row and head; p, n: the block of the state; states (B, chunks, H, BLOCK_P, BLOCK_N).
-    """
-    q = tl.arange(0, Q)
-    block = p[:, None] * BLOCK_N + n[None, :]
-    real = (p < P)[:, None] & (n < N)[None, :]
-    exact = (row * H + h).to(tl.int64) * (P * N) + p[:, None] * N + n[None, :]  # of the (B, H, P, N) states
-    if HAS_FIRST:
-        state = tl.load(first_ptr + exact, mask=real, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros([p.shape[0], n.shape[0]], dtype=tl.float32)
-    for i in tl.range(0, n_chunks, num_stages=STAGES):
-        chunk = i
-        if REVERSE:
-            chunk = n_chunks - 1 - i
-        start = chunk * Q
-        vector = ((row * n_chunks + chunk) * H + h).to(tl.int64)
-        tl.store(states_ptr + vector * (BLOCK_P * BLOCK_N) + block, state.to(states_ptr.dtype.element_ty))
-        token = (q < S - start)[None, :]
-        if P != BLOCK_P:
-            token = token & (p < P)[:, None]
-        p_value = value_ptr + start.to(tl.int64) * value_token
-        value = tl.load(p_value + (q[None, :] * value_token + p[:, None]), mask=token, other=0.0)  # [P, Q]
-        key = load_rows(key_ptr, start, key_token, S, q, n, N)  # [Q, N]
-        weight = tl.load(weight_ptr + vector * Q + q)
-        value = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
-        state = state * tl.load(keep_ptr + vector)
-        state = tl.dot(value, key, state, input_precision="ieee")  # [P, Q] @ [Q, N]
-    tl.store(last_ptr + exact, state, mask=real)
 
 
 @triton.jit
@@ -264,17 +205,17 @@ def _states_kernel(
     dfirst_ptr,
     keep_ptr,
     S,
-    H: tl.constexpr,
+    H,
     n_chunks,
     share,
     x_batch,
-    x_token: tl.constexpr,
+    x_token,
     x_head,
     B_batch,
-    B_token: tl.constexpr,
+    B_token,
     B_group,
     C_batch,
-    C_token: tl.constexpr,
+    C_token,
     C_group,
     FORWARD: tl.constexpr,
     BACKWARD: tl.constexpr,
@@ -289,38 +230,68 @@ def _states_kernel(
     R: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: SPLIT_P x SPLIT_N of one head's state through the whole row, forwards, or the gradient backwards.
+    """One program: SPLIT_P x SPLIT_N of one head's state through the whole row; what enters each chunk is stored.
 
-    Forwards S is carried, from x, B and to_end.  Backwards the gradient of the state leaving each chunk, by the transposed
-    recurrence dS_c = keep dS_{c+1} + sum_i exp(a_i) dy_i C_i^T, from dy, C and from_start.  With both, each has its half of
-    the grid: neither waits for the other.
+        state <- keep state + sum_t weight_t value_t key_t^T
+
+    Forwards S, from x, B and to_end.  Backwards the gradient of the state that each chunk leaves, by the transposed
+    recurrence, from dy, C and from_start.  With both, each has its half of the grid: neither waits for the other.
+    states, dstates (B, chunks, H, BLOCK_P, BLOCK_N); first, last, dlast, dfirst (B, H, P, N); dy (B, S, H, P).
     """
+    Q: tl.constexpr = 2 * R
     row = tl.program_id(0) // H
     h = tl.program_id(0) % H
+    b = row.to(tl.int64)
     splits: tl.constexpr = BLOCK_N // SPLIT_N
     p = (tl.program_id(1) // splits) * SPLIT_P + tl.arange(0, SPLIT_P)
     n = (tl.program_id(1) % splits) * SPLIT_N + tl.arange(0, SPLIT_N)
-    b = row.to(tl.int64)
-    if FORWARD and BACKWARD:
-        forward = tl.program_id(2) == 0
+    q = tl.arange(0, Q)
+    block = p[:, None] * BLOCK_N + n[None, :]
+    real = (p < P)[:, None] & (n < N)[None, :]
+    exact = (b * H + h) * (P * N) + (p[:, None] * N + n[None, :])
+    # One loop for both directions: two would need twice the shared memory.
+    if BACKWARD and (not FORWARD or tl.program_id(2) == 1):
+        value_ptr = dy_ptr + (b * S * H + h) * P
+        value_token = H * P
+        key_ptr = C_ptr + b * C_batch + (h // share) * C_group
+        key_token = C_token
+        weight_ptr = from_start_ptr
+        out_ptr = dstates_ptr
+        end_ptr = dfirst_ptr
+        chunk = n_chunks - 1
+        advance = -1
+        state = tl.zeros([SPLIT_P, SPLIT_N], dtype=tl.float32)
+        if HAS_DLAST:
+            state = tl.load(dlast_ptr + exact, mask=real, other=0.0).to(tl.float32)
     else:
-        forward = FORWARD
-    if forward:
-        if FORWARD:
-            x = x_ptr + b * x_batch + h * x_head
-            key = B_ptr + b * B_batch + (h // share) * B_group
-            _carry(
-                x, key, to_end_ptr, keep_ptr, first_ptr, states_ptr, last_ptr, row, h, p, n, S, H, n_chunks,
-                x_token, B_token, False, HAS_FIRST, P, N, BLOCK_P, BLOCK_N, 2 * R, STAGES,
-            )  # fmt: skip
-    else:
-        if BACKWARD:
-            dy = dy_ptr + (b * S * H + h) * P
-            key = C_ptr + b * C_batch + (h // share) * C_group
-            _carry(
-                dy, key, from_start_ptr, keep_ptr, dlast_ptr, dstates_ptr, dfirst_ptr, row, h, p, n, S, H, n_chunks,
-                H * P, C_token, True, HAS_DLAST, P, N, BLOCK_P, BLOCK_N, 2 * R, STAGES,
-            )  # fmt: skip
+        value_ptr = x_ptr + (b * x_batch + h * x_head)
+        value_token = x_token
+        key_ptr = B_ptr + b * B_batch + (h // share) * B_group
+        key_token = B_token
+        weight_ptr = to_end_ptr
+        out_ptr = states_ptr
+        end_ptr = last_ptr
+        chunk = n_chunks * 0
+        advance = 1
+        state = tl.zeros([SPLIT_P, SPLIT_N], dtype=tl.float32)
+        if HAS_FIRST:
+            state = tl.load(first_ptr + exact, mask=real, other=0.0).to(tl.float32)
+    for i in tl.range(0, n_chunks, num_stages=STAGES):
+        c = chunk + i * advance
+        start = c * Q
+        vector = ((row * n_chunks + c) * H + h).to(tl.int64)
+        tl.store(out_ptr + vector * (BLOCK_P * BLOCK_N) + block, state.to(out_ptr.dtype.element_ty))
+        token = (q < S - start)[None, :]
+        if P != BLOCK_P:
+            token = token & (p < P)[:, None]
+        p_value = value_ptr + start.to(tl.int64) * value_token
+        value = tl.load(p_value + (q[None, :] * value_token + p[:, None]), mask=token, other=0.0)  # [P, Q]
+        key = load_rows(key_ptr, start, key_token, S, q, n, N)  # [Q, N]
+        weight = tl.load(weight_ptr + vector * Q + q)
+        value = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
+        state = state * tl.load(keep_ptr + vector)
+        state = tl.dot(value, key, state, input_precision="ieee")  # [P, Q] @ [Q, N]
+    tl.store(end_ptr + exact, state, mask=real)
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
