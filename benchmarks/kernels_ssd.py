@@ -1,0 +1,255 @@
+"""SSD at Nemotron 3 Nano's sizes: ours, mamba-ssm's Triton kernels where importable, eager PyTorch, and the floor.
+
+    python -m benchmarks.kernels_ssd                     T = 8192 and 32768, bf16; ends with one line of JSON
+    python -m benchmarks.kernels_ssd --check             errors against float64 only, one line per case
+    python -m benchmarks.kernels_ssd --profile           GPU time of each kernel, T = 8192
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.measure import Case, print_json, print_table, run_cases
+from kernels.ssd import ssd, ssd_reference, ssd_step
+
+try:
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+except Exception:  # not installed, or its compiled half is missing: timed without it
+    mamba_chunk_scan_combined = None
+
+H, P, G, N = 64, 64, 8, 128
+NAMES = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dbias", "dinitial")
+
+
+@dataclass
+class Draw:
+    """One set of inputs, x, B and C as parts of one tensor and dt of another, as they are in the model."""
+
+    arguments: list[Tensor]  # x, dt, A, B, C, D, dt_bias
+    initial: Tensor | None
+    idx: Tensor | None
+    dy: Tensor
+    dlast: Tensor
+
+    def to(self, dtype: torch.dtype) -> Draw:
+        """Leaves of `dtype`; the initial state and its gradient at least fp32."""
+        wide = torch.promote_types(dtype, torch.float32)
+        initial = None if self.initial is None else self.initial.detach().to(wide).requires_grad_()
+        x, dt, A, B, C, D, bias = (t.detach() for t in self.arguments)
+        if dtype == x.dtype:
+            leaves = [x, dt, A, B, C, D, bias]
+        else:
+            leaves = [t.to(dtype) for t in (x, dt, A, B, C, D, bias)]
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        return Draw(leaves, initial, self.idx, self.dy.to(dtype), self.dlast.to(wide))
+
+    def outputs(self, f: Callable) -> tuple[Tensor, Tensor]:
+        return f(*self.arguments, 128, (0.0, torch.inf), self.idx, self.initial)
+
+    def run(self, f: Callable) -> list[Tensor]:
+        y, last = self.outputs(f)
+        wanted = self.arguments + ([] if self.initial is None else [self.initial])
+        grads = torch.autograd.grad([y, last], wanted, [self.dy.to(y.dtype), self.dlast.to(last.dtype)])
+        return [y.detach(), last.detach(), *grads]
+
+
+def draw(
+    S: int, dtype: torch.dtype = torch.bfloat16, heads: int = H, groups: int = G, batch: int = 1, packed=False, initial=True
+) -> Draw:
+    """Steps dt of 0.001 to 0.1 and A of -1 to -16, as Mamba-2 is initialised; B, C and x normal."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    xBC = normal(batch, S, heads * P + 2 * groups * N)
+    x, B, C = xBC.split([heads * P, groups * N, groups * N], dim=-1)
+    x, B, C = x.unflatten(-1, (heads, P)), B.unflatten(-1, (groups, N)), C.unflatten(-1, (groups, N))
+    dt = normal(batch, S, 10240 + heads)[..., -heads:]
+    A = -(torch.rand(heads, device="cuda") * 15 + 1).to(dtype)
+    step = torch.exp(torch.rand(heads, device="cuda") * 4.6 - 6.9)  # log-uniform in 0.001 .. 0.1
+    bias = (step + torch.log(-torch.expm1(-step))).to(dtype)  # softplus of it is `step`
+    idx = None
+    if packed:
+        starts = torch.rand(batch, S, device="cuda") < (1.0 if packed == "every token" else 4 / S)
+        idx = starts.cumsum(1).int()
+    return Draw(
+        [t.requires_grad_() for t in (x.detach(), dt.detach(), A, B.detach(), C.detach(), normal(heads), bias)],
+        torch.randn(batch, heads, P, N, device="cuda") if initial else None,
+        idx,
+        normal(batch, S, heads, P),
+        torch.randn(batch, heads, P, N, device="cuda"),
+    )
+
+
+def mamba_ssm(x, dt, A, B, C, D, bias, chunk, limit, idx, initial):
+    return mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk, D=D, dt_bias=bias, initial_states=initial, seq_idx=idx, dt_softplus=True, dt_limit=limit,
+        return_final_states=True,
+    )  # fmt: skip
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    truth = truth.double()
+    size = truth.norm().item()
+    return (got.double() - truth).norm().item() / (size or 1.0)
+
+
+def compare(d: Draw) -> tuple[str, bool]:
+    """Errors against float64 of ours, of eager PyTorch in the same dtype and of mamba-ssm, in units of 1e-3, and the verdict.
+
+    fp32: within 1e-5, or no further than eager.  Else twice the worse of eager's error and of rounding the truth to the
+    dtype once (eager returns the final state, computed in fp32 throughout, unrounded); and mamba-ssm at most 10 % nearer.
+    """
+    dtype = d.arguments[0].dtype
+    ours, eager = d.to(dtype).run(ssd), d.to(dtype).run(ssd_reference)
+    peer, words, good = None, [], True
+    if mamba_chunk_scan_combined is not None and dtype != torch.float32:
+        try:
+            peer = d.to(dtype).run(mamba_ssm)
+        except Exception as e:
+            words.append(f"[mamba-ssm: {type(e).__name__}]")
+    truth = d.to(torch.float64).run(ssd_reference)
+    for i, name in enumerate(NAMES[: len(truth)]):
+        mine, theirs = error(ours[i], truth[i]), error(eager[i], truth[i])
+        if dtype == torch.float32:
+            fine = mine <= max(1e-5, theirs)
+            words.append(f"{name} {mine:.1e}/{theirs:.1e}")
+        else:
+            fine = mine <= 2 * max(theirs, error(truth[i].to(dtype), truth[i]))
+            words.append(f"{name} {1e3 * mine:.2f}/{1e3 * theirs:.2f}")
+            if peer is not None:
+                nearest = error(peer[i], truth[i])
+                fine = fine and mine <= 1.1 * nearest + 1e-6
+                words[-1] += f"/{1e3 * nearest:.2f}"
+        good = good and fine and bool(torch.isfinite(ours[i]).all())
+        words[-1] += "" if fine else "(!)"
+    return " ".join(words), good
+
+
+def check() -> bool:
+    """Lengths, packing, groups and dtypes of the project's list; two runs bit by bit.  One line per case."""
+    good = True
+    print("errors against float64: ours / eager / mamba-ssm, 1e-3 relative in bf16")
+    for dtype in (torch.bfloat16, torch.float32):
+        cases = [(f"S={S}", {"S": S}) for S in (1, 63, 127, 129, 1024)]
+        cases += [
+            ("S=4097 H=16 G=1", {"S": 4097, "heads": 16, "groups": 1}),
+            ("S=4097 H=16 G=8", {"S": 4097, "heads": 16, "groups": 8}),
+            ("2 rows, S=777, packed", {"S": 777, "batch": 2, "packed": True, "heads": 16}),
+            ("one document per token", {"S": 257, "packed": "every token", "heads": 16}),
+        ]
+        for label, options in cases:
+            torch.manual_seed(0)
+            words, fine = compare(draw(**options, dtype=dtype))
+            good = good and fine
+            print(f"{'ok   ' if fine else 'WRONG'} {str(dtype)[6:]:9s} {label:24s} {words}", flush=True)
+            torch.cuda.empty_cache()
+    d = draw(8192).to(torch.bfloat16)
+    same = all(torch.equal(a, b) for a, b in zip(d.run(ssd), d.run(ssd), strict=True))
+    print(f"{'ok   ' if same else 'WRONG'} two runs at S=8192 are {'' if same else 'not '}bit-identical")
+    return good and same
+
+
+def _verified() -> None:
+    torch.manual_seed(0)
+    words, fine = compare(draw(2048, heads=16, groups=2))
+    assert fine, words
+
+
+def cases(T: int) -> Iterator[Case]:
+    """Forward, backward and the decode step.  Bytes: every input and output once."""
+    shape = f"T={T} H={H} P={P} G={G} N={N}"
+    tokens = 2 * (2 * H * P + 2 * G * N + H)  # x, y, B, C, dt
+    flops = 2 * 128 * N * G + 2 * 128 * P * H + 4 * N * P * H
+    d = draw(T, initial=False)
+    functions = {"ours": ssd, "eager": ssd_reference}
+    if T > 16384:
+        del functions["eager"]  # its decays alone are T * 128 * H numbers several times over
+    if mamba_chunk_scan_combined is not None:
+        functions["mamba-ssm"] = mamba_ssm
+
+    def forward(f: Callable) -> Callable[[], object]:
+        def call() -> None:
+            with torch.no_grad():
+                d.outputs(f)
+
+        return call
+
+    def backward(f: Callable) -> Callable[[], object]:
+        made: list = []
+
+        def call() -> object:
+            if not made:
+                made.append(d.outputs(f)[0])
+            return torch.autograd.grad(made[0], d.arguments, d.dy, retain_graph=True)
+
+        return call
+
+    aim_forward, aim_backward = (f"<= {ms * T / 8192:.2f} ms" for ms in (0.20, 0.60))
+    calls = {name: forward(f) for name, f in functions.items()}
+    yield Case("ssd forward", shape, calls.pop("ours"), calls, tokens * T, flops * T, check=_verified, aim=aim_forward)
+    calls = {name: backward(f) for name, f in functions.items()}
+    read_and_written = 2 * (3 * H * P + 4 * G * N + 2 * H)  # x, dy, dx, B, C, dB, dC, dt, ddt
+    yield Case("ssd backward", shape, calls.pop("ours"), calls, read_and_written * T, 2.4 * flops * T, aim=aim_backward)
+    if T > 8192:
+        return
+    rows = 128
+    x, dt, A, B, C, D, bias = (t.detach() for t in draw(rows, initial=False).arguments)
+    x, dt, B, C = (t[0] for t in (x, dt, B, C))
+    state = torch.randn(rows, H, P, N, device="cuda")
+    yield Case(
+        "ssd_step",
+        f"{rows} sequences",
+        lambda: ssd_step(state, x, dt, A, B, C, D, bias),
+        {"eager": lambda: ssd_step(state, x, dt, A, B, C, D, bias, backend="torch")},
+        bytes=2 * state.nbytes,
+    )
+
+
+def profile() -> None:
+    """GPU time of every kernel of one forward and backward at T = 8192, mean of 10, L2 not flushed."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    peers = {"ours": ssd} | ({"mamba-ssm": mamba_ssm} if mamba_chunk_scan_combined is not None else {})
+    d = draw(8192, initial=False)
+    for name, f in peers.items():
+        for _ in range(3):
+            torch.autograd.grad(d.outputs(f)[0], d.arguments, d.dy)
+        torch.cuda.synchronize()
+        with record(activities=[ProfilerActivity.CUDA]) as recorded:
+            for _ in range(10):
+                torch.autograd.grad(d.outputs(f)[0], d.arguments, d.dy)
+            torch.cuda.synchronize()
+        print(f"{name}: kernel, calls and microseconds per forward + backward")
+        rows = [(e.self_device_time_total / 10, e.count / 10, e.key) for e in recorded.key_averages()]
+        for us, calls, key in sorted(rows, reverse=True)[:24]:
+            print(f"  {us:9.1f} us {calls:5.1f} x  {key[:90]}")
+        print(f"  {sum(us for us, _, _ in rows):9.1f} us in all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="errors against float64 only")
+    parser.add_argument("--profile", action="store_true", help="GPU time of each kernel only")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
+    args = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    if args.check:
+        raise SystemExit(0 if check() else 1)
+    if args.profile:
+        profile()
+        return
+    records = [r for T in args.tokens for r in run_cases(cases(T))]
+    print_table(records, "SSD")
+    print_json(records)
+
+
+if __name__ == "__main__":
+    main()
