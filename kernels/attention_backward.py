@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.attention_forward import LOG2_E, Tile, describe, padded_length, tile_class, width_of
 
 QUERY_TILE = {"large": Tile(128, 64, 8, 3), "small": Tile(64, 32, 8, 1), "fp32": Tile(16, 16, 8, 1)}
-KEY_TILE = {"large": Tile(64, 128, 8, 2), "small": Tile(32, 64, 8, 1), "fp32": Tile(16, 16, 8, 1)}
+KEY_TILE = {"large": Tile(64, 64, 4, 2), "small": Tile(32, 64, 8, 1), "fp32": Tile(16, 16, 8, 1)}
 ENOUGH_PROGRAMS = 512  # about four a multiprocessor: the long ones then even out
 
 

@@ -34,7 +34,7 @@ class Tile:
 # large: 16-bit operands where a program may have 200 KB of shared memory (Hopper, Blackwell); small: elsewhere;
 # fp32: exact arithmetic does without tensor cores, and only has to fit.
 FORWARD_TILE = {
-    "large": Tile(128, 128, 8, 2, defer=True),
+    "large": Tile(64, 64, 4, 3),
     "small": Tile(64, 32, 8, 2),
     "fp32": Tile(16, 16, 8, 1, defer=True),
 }

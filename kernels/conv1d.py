@@ -30,8 +30,8 @@ class Launch(NamedTuple):
     stages: int  # loads of this many iterations, of 4 rows each, are in flight through shared memory
 
 
-FORWARD = Launch(block=256, warps=1, programs_per_sm=14, stages=3)
-BACKWARD = Launch(block=128, warps=1, programs_per_sm=12, stages=3)
+FORWARD = Launch(block=512, warps=4, programs_per_sm=4, stages=3)
+BACKWARD = Launch(block=1024, warps=8, programs_per_sm=1, stages=4)
 MIN_ROWS = 16  # of a run: below this, reading the neighbours' last rows again and the partial sums cost too much
 
 

@@ -32,7 +32,7 @@ FP32_WEIGHT_GRADIENT = False
 
 # Which of the three products run in `kernels.cross_entropy_product` rather than in cuBLAS, by measurement on an H100
 # (benchmarks/kernels_head.py --sweep): any of "logits", "dx", "dw".
-OWN_PRODUCTS: frozenset[str] = frozenset()
+OWN_PRODUCTS: frozenset[str] = frozenset({"dx"})
 
 
 def linear_cross_entropy_reference(
