@@ -26,12 +26,11 @@ def _same(rows: Config, weights: Config | None = None) -> dict[str, Config]:
 
 
 # Columns beyond the matrix are wasted work: tiles of 192 waste none of 2688 and 3 % of 1856, tiles of 256 waste 5 and
-# 10 %.  dH keeps three stages: with four its epilogue spills.  In the weight gradients half the stages go to reading
-# the row numbers ahead of the rows.
+# 10 %.  In the weight gradients half the stages go to reading the row numbers ahead of the rows.
 HOPPER = {
     "up": Config(128, 128, 64, 8, 4, extra_n=64),
     "down": Config(128, 128, 64, 8, 4, extra_n=64),
-    "dH": Config(128, 128, 64, 8, 3, extra_n=64),
+    "dH": Config(128, 128, 64, 8, 4, extra_n=64),
     "dX": Config(128, 128, 64, 8, 4, extra_n=64),
     "dup": Config(128, 128, 64, 8, 5, extra_n=64),
     "ddown": Config(128, 128, 64, 8, 5, extra_n=64),
