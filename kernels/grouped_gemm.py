@@ -19,7 +19,8 @@ from torch import Tensor
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels.grouped_gemm_rows import down_rows, down_rows_backward, row_block, up_rows, up_rows_backward
+    from kernels.grouped_gemm_configs import aligned, choose_configs
+    from kernels.grouped_gemm_rows import down_rows, down_rows_backward, up_rows, up_rows_backward
     from kernels.grouped_gemm_weights import weight_gradient
     from kernels.permute import Tiles, plan_rows, sum_rows, tiles_from_counts, zero_tail
 
@@ -107,13 +108,14 @@ class _Experts(torch.autograd.Function):
         grads: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
         top_k = 1 if place is None else place.shape[1]
-        hs = up_rows(x, weights, up, tiles, order, top_k)  # (R, F)
-        rows = down_rows(hs, down, tiles)  # (R, D)
+        configs = choose_configs(x, up, down)
+        hs = up_rows(x, weights, up, tiles, order, top_k, configs["up"])  # (R, F)
+        rows = down_rows(hs, down, tiles, configs["down"])  # (R, D)
         if place is None:
             zero_tail(hs, tiles, tiles.block)
             zero_tail(rows, tiles)
         ctx.save_for_backward(x, weights, up, down, order, place, hs, *tiles[:3])
-        ctx.block, ctx.top_k, ctx.grads = tiles.block, top_k, grads
+        ctx.block, ctx.top_k, ctx.configs, ctx.grads = tiles.block, top_k, configs, grads
         return rows if place is None else sum_rows(rows, place)
 
     @staticmethod
@@ -121,23 +123,23 @@ class _Experts(torch.autograd.Function):
         x, weights, up, down, order, place, hs, *tables = ctx.saved_tensors
         tiles = Tiles(*tables, ctx.block)
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
-        up_grad, down_grad = ctx.grads
+        (up_grad, down_grad), configs = ctx.grads, ctx.configs
         dx = dweights = dup = ddown = None
         dy = dy.contiguous()
         if need_x or need_weights or need_up:
-            dz, dweights = down_rows_backward(dy, weights, hs, down, tiles, order, place)
+            dz, dweights = down_rows_backward(dy, weights, hs, down, tiles, order, place, configs["dH"])
             if place is None:
                 zero_tail(dz, tiles, tiles.block)
             if need_x:
-                dx = up_rows_backward(dz, up, tiles)
+                dx = up_rows_backward(dz, up, tiles, configs["dX"])
                 if place is None:
                     zero_tail(dx, tiles)
                 else:
                     dx = sum_rows(dx, place)
             if need_up:
-                dup = weight_gradient(x, dz, tiles, order, ctx.top_k, False, up_grad)
+                dup = weight_gradient(x, dz, tiles, order, ctx.top_k, False, configs["dup"], up_grad)
         if need_down:
-            ddown = weight_gradient(dy, hs, tiles, order, ctx.top_k, True, down_grad)
+            ddown = weight_gradient(dy, hs, tiles, order, ctx.top_k, True, configs["ddown"], down_grad)
         return (
             dx,
             dweights if need_weights else None,
@@ -201,11 +203,9 @@ def experts(
     """
     _check(x, up, down, (up_grad, down_grad))
     if _on_triton(x, up, down, experts_TK.numel(), backend):
-        order, place, tiles = plan_rows(experts_TK, up.shape[0], row_block(x))
-        up, down = up.contiguous(), down.contiguous()
-        return _Experts.apply(
-            _unit_stride(x), weights.contiguous(), up, down, order, place, tiles, (up_grad, down_grad)
-        )
+        x, weights, up, down = _readable(x), weights.contiguous(), up.contiguous(), down.contiguous()
+        order, place, tiles = plan_rows(experts_TK, up.shape[0], choose_configs(x, up, down)["up"].block_m)
+        return _Experts.apply(x, weights, up, down, order, place, tiles, (up_grad, down_grad))
     up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
     order, place = sort_by_expert(experts_TK)
     rows = _Gather.apply(x, order, place)
@@ -231,12 +231,13 @@ def grouped_mlp(
     """
     _check(rows, up, down, (up_grad, down_grad))
     if _on_triton(rows, up, down, rows.shape[0], backend):
-        tiles = tiles_from_counts(counts, rows.shape[0], row_block(rows))
-        rows, row_weights, up, down = _unit_stride(rows), row_weights.contiguous(), up.contiguous(), down.contiguous()
+        rows, row_weights, up, down = _readable(rows), row_weights.contiguous(), up.contiguous(), down.contiguous()
+        tiles = tiles_from_counts(counts, rows.shape[0], choose_configs(rows, up, down)["up"].block_m)
         return _Experts.apply(rows, row_weights, up, down, None, None, tiles, (up_grad, down_grad))
     up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
     return _mlp_torch(rows, row_weights, counts, up, down)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x itself if its rows can be read in place by 16-byte copies; one copy is cheaper than reading them otherwise."""
+    return x if x.stride(-1) == 1 and aligned(x) else x.contiguous()

@@ -15,29 +15,15 @@ dH needs relu(z), which nothing saved: hs = w relu(z)^2 has it.  2 w relu(z) = 2
 Suffixes: R rows in expert order, E experts, K and N the summed and the produced width of the product at hand.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels._common import INTERPRET
+from kernels.grouped_gemm_configs import Config, describe, resident_programs
 from kernels.permute import Tiles
 
 PLAIN, RELU2, DRELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
-
-class Config(NamedTuple):
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    per_sm: int = 1  # resident programs per multiprocessor
-    flatten: bool = True  # one loop over (tile, k): the next tile's loads start during this tile's epilogue
-    extra_n: int = 0  # a tile is block_n + extra_n wide: 128 + 64 = 192 divides 2688, and Triton wants powers of two
 
 
 @triton.jit
@@ -67,18 +53,20 @@ def _load_b(
 
 @triton.jit
 def _finish(
-    acc, out_ptr, hs_ptr, w, rows, live, n0, N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK: tl.constexpr
+    acc, out_ptr, hs_ptr, w, row0, live, n0,
+    N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Epilogue and store of one accumulator; returns g . hs per row for DRELU2."""
     cols = n0 + tl.arange(0, BLOCK)
     mask = live[:, None] & (cols < N)[None, :]
-    where = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    where = tl.arange(0, BLOCK_M)[:, None] * N + cols[None, :]  # 32 bits, from a 64-bit base: fewer registers
+    out_ptr += row0.to(tl.int64) * N
     dot = w
     if EPILOGUE == RELU2:
         z = tl.maximum(acc, 0.0)
         acc = z * z * w[:, None]
     if EPILOGUE == DRELU2:
-        hs = tl.load(hs_ptr + where, mask=mask, other=0.0).to(tl.float32)
+        hs = tl.load(hs_ptr + row0.to(tl.int64) * N + where, mask=mask, other=0.0).to(tl.float32)
         dot = tl.sum(acc * hs, 1)
         sign = tl.where(w < 0, -2.0, 2.0)
         acc *= sign[:, None] * tl.sqrt(hs * w[:, None])
@@ -140,9 +128,9 @@ def _rows_kernel(
         if EPILOGUE != PLAIN:
             choice = tl.load(order_ptr + rows, mask=live, other=0) if GATHER else rows
             w = tl.load(w_ptr + choice, mask=live, other=0.0).to(tl.float32)
-        dot = _finish(acc, out_ptr, hs_ptr, w, rows, live, n0, N, EPILOGUE, BLOCK_N)
+        dot = _finish(acc, out_ptr, hs_ptr, w, row0, live, n0, N, EPILOGUE, BLOCK_M, BLOCK_N)
         if EXTRA_N > 0:
-            dot += _finish(extra, out_ptr, hs_ptr, w, rows, live, n0 + BLOCK_N, N, EPILOGUE, EXTRA_N)
+            dot += _finish(extra, out_ptr, hs_ptr, w, row0, live, n0 + BLOCK_N, N, EPILOGUE, BLOCK_M, EXTRA_N)
         if EPILOGUE == DRELU2:
             tl.store(part_ptr + (n0 // WIDTH).to(tl.int64) * R + rows, dot, mask=live)
 
@@ -165,56 +153,8 @@ def _weight_grad_kernel(
     tl.store(dw_ptr + i, dw.to(dw_ptr.dtype.element_ty), mask=i < R)
 
 
-# Columns beyond the matrix are wasted work: tiles of 192 waste none of 2688 and 3 % of 1856, tiles of 256 waste 5 and
-# 10 %.  dH keeps three stages: with four its epilogue spills.
-HOPPER = {
-    "up": Config(128, 128, 64, 8, 4, extra_n=64),
-    "down": Config(128, 128, 64, 8, 4, extra_n=64),
-    "dH": Config(128, 128, 64, 8, 3, extra_n=64),
-    "dX": Config(128, 128, 64, 8, 4, extra_n=64),
-}
-SMALL_SHARED = Config(128, 128, 32, 8, 3, flatten=False)  # sm_80 and kin: no TMA, down to 99 KiB of shared memory
-FULL_PRECISION = Config(64, 64, 32, 4, 2, flatten=False)  # fp32: multiply-adds outside the tensor cores
-INTERPRETED = Config(16, 32, 16, 4, 1, extra_n=16)  # small tiles, so that tiny shapes have several
-
-
-def has_tma(x: Tensor) -> bool:
-    return INTERPRET or torch.cuda.get_device_capability(x.device)[0] >= 9
-
-
-def config_for(product: str, x: Tensor) -> Config:
-    if INTERPRET:
-        return INTERPRETED
-    if x.element_size() == 4:
-        return FULL_PRECISION
-    return HOPPER[product] if has_tma(x) else SMALL_SHARED
-
-
-def row_block(x: Tensor) -> int:
-    """Rows per tile, the same for all four products, so that one tile table serves them."""
-    return config_for("up", x).block_m
-
-
-def resident_programs(x: Tensor, per_sm: int) -> int:
-    """As many as run at once.  3 under the interpreter: enough that a program has several tiles."""
-    return 3 if INTERPRET else per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
-
-
-def describable(x: Tensor) -> bool:
-    """Whether TMA can read the matrix: hardware, 16-byte base and row stride."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
-    return has_tma(x) and x.stride(-1) == 1 and aligned
-
-
-def describe(x: Tensor, rows: int, cols: int) -> TensorDescriptor | None:
-    """A descriptor of the (.., rows, cols) matrices of x stacked into one, or None."""
-    if not describable(x):
-        return None
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, cols])
-
-
 def _multiply(
-    product: str,
+    c: Config,
     a: Tensor,
     b: Tensor,
     b_is_nk: bool,
@@ -227,7 +167,6 @@ def _multiply(
     hs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     E, N, K = b.shape if b_is_nk else (b.shape[0], b.shape[2], b.shape[1])
-    c = config_for(product, a)
     R = a.shape[0] if order is None else order.numel()
     out = torch.empty(R, N, dtype=a.dtype, device=a.device)
     n_tiles = triton.cdiv(N, c.block_n + c.extra_n)
@@ -248,25 +187,34 @@ def _multiply(
     return out, part
 
 
-def up_rows(x: Tensor, weights: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int) -> Tensor:
-    """hs (R, F): weights: (R,) values, indexed by choice (or by row, without an order)."""
-    return _multiply("up", x, up, True, tiles, order, True, top_k, RELU2, weights)[0]
+def up_rows(
+    x: Tensor, weights: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
+) -> Tensor:
+    """hs (R, F).  weights: R values, indexed by choice (or by row, without an order)."""
+    return _multiply(config, x, up, True, tiles, order, True, top_k, RELU2, weights)[0]
 
 
-def down_rows(hs: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
+def down_rows(hs: Tensor, down: Tensor, tiles: Tiles, config: Config) -> Tensor:
     """y (R, D), in expert order, not yet summed by token."""
-    return _multiply("down", hs, down, True, tiles, None, False, 1, PLAIN)[0]
+    return _multiply(config, hs, down, True, tiles, None, False, 1, PLAIN)[0]
 
 
 def down_rows_backward(
-    dy: Tensor, weights: Tensor, hs: Tensor, down: Tensor, tiles: Tiles, order: Tensor | None, place: Tensor | None
+    dy: Tensor,
+    weights: Tensor,
+    hs: Tensor,
+    down: Tensor,
+    tiles: Tiles,
+    order: Tensor | None,
+    place: Tensor | None,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
     """dz (R, F) of z = up x, and the gradient of the routing weights.
 
     With g = down^T dy:  dz = 2 w relu(z) g,  dw = sum_F g relu(z)^2.
     """
     top_k = 1 if place is None else place.shape[1]
-    dz, part = _multiply("dH", dy, down, False, tiles, order, True, top_k, DRELU2, weights, hs)
+    dz, part = _multiply(config, dy, down, False, tiles, order, True, top_k, DRELU2, weights, hs)
     dweights = torch.empty_like(weights)
     R = weights.numel()
     _weight_grad_kernel[(triton.cdiv(R, 128),)](
@@ -275,6 +223,6 @@ def down_rows_backward(
     return dz, dweights
 
 
-def up_rows_backward(dz: Tensor, up: Tensor, tiles: Tiles) -> Tensor:
+def up_rows_backward(dz: Tensor, up: Tensor, tiles: Tiles, config: Config) -> Tensor:
     """dx (R, D) = dz up, in expert order, not yet summed by token."""
-    return _multiply("dX", dz, up, False, tiles, None, False, 1, PLAIN)[0]
+    return _multiply(config, dz, up, False, tiles, None, False, 1, PLAIN)[0]

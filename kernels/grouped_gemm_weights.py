@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common import INTERPRET
-from kernels.grouped_gemm_rows import Config, describe, has_tma, resident_programs
+from kernels.grouped_gemm_configs import Config, describe, resident_programs
 from kernels.permute import Tiles
 
 
@@ -46,10 +45,11 @@ def _store(
     acc, out_ptr, e, m0, n0, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = m0 + tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, BLOCK_M)
     cols = n0 + tl.arange(0, BLOCK_N)
-    mask = (rows < M)[:, None] & (cols < N)[None, :]
-    ptrs = out_ptr + (tl.cast(e, tl.int64) * M + rows)[:, None] * N + cols[None, :]
+    mask = (rows < M - m0)[:, None] & (cols < N)[None, :]
+    # 32-bit offsets from a 64-bit base: fewer registers.
+    ptrs = out_ptr + (tl.cast(e, tl.int64) * M + m0) * N + (rows[:, None] * N + cols[None, :])
     if ACCUMULATE:
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -128,22 +128,6 @@ def _weights_kernel(
                 extra = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
 
 
-# By whether the left operand is gathered.  192 columns as in the row products.  Of the stages, half go to reading the
-# row numbers ahead of the rows.
-HOPPER = {False: Config(128, 128, 64, 8, 5, extra_n=64), True: Config(128, 128, 64, 8, 5, extra_n=64)}
-SMALL_SHARED = Config(128, 128, 32, 8, 3)
-FULL_PRECISION = Config(64, 64, 32, 4, 2)
-INTERPRETED = Config(16, 32, 16, 4, 1, extra_n=16)
-
-
-def config_for(x: Tensor, left: bool) -> Config:
-    if INTERPRET:
-        return INTERPRETED
-    if x.element_size() == 4:
-        return FULL_PRECISION
-    return HOPPER[left] if has_tma(x) else SMALL_SHARED
-
-
 def weight_gradient(
     gathered: Tensor,
     fixed: Tensor,
@@ -151,6 +135,7 @@ def weight_gradient(
     order: Tensor | None,
     top_k: int,
     left: bool,
+    c: Config,
     buffer: Tensor | None = None,
 ) -> Tensor:
     """(E, M, N) in the operands' dtype, or the same added to `buffer`, which is returned.
@@ -159,18 +144,20 @@ def weight_gradient(
     left: the gathered operand gives M, otherwise N.
     """
     E = tiles.offsets_E1.numel() - 1
+    if buffer is not None and buffer.element_size() == 4 and c.extra_n and gathered.element_size() == 2:
+        c = c._replace(extra_n=0)  # reading fp32 beside the accumulators of the wider tile spills
     M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
-    c = config_for(gathered, left)
     out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
     desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)
-    extra_desc = describe(fixed, c.block_k, c.extra_n) if left and c.extra_n else None
+    extra_desc = describe(fixed, c.block_k, c.extra_n) if left else None
     tiles_per_expert = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n + c.extra_n)
+    stages = c.stages if order is not None else (c.stages + 1) // 2  # no row numbers to read ahead of the rows
     programs = min(resident_programs(gathered, c.per_sm), E * tiles_per_expert)
     _weights_kernel[(programs,)](
         gathered, fixed, desc, extra_desc, out, order, tiles.offsets_E1, gathered.stride(0),
         E=E, E_PAD=triton.next_power_of_2(E), M=M, N=N, TOP_K=top_k, GATHER=order is not None, LEFT=left,
         TMA=desc is not None, ACCUMULATE=buffer is not None, PRECISION="ieee",
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
-        BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+        BLOCK_K=c.block_k, num_warps=c.warps, num_stages=stages,
     )  # fmt: skip
     return out
