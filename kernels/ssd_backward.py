@@ -53,6 +53,7 @@ def _dx_block(
     D_ptr,
     step_ptr,
     decay_ptr,
+    source_ptr,
     to_end_ptr,
     middle_ptr,
     dstates_ptr,
@@ -93,14 +94,15 @@ def _dx_block(
     later = start + R
     B = load_rows(B_ptr, start, B_token, S, r, n, N)
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
-    own = tl.sum(C.to(tl.float32) * B.to(tl.float32), axis=1)
     visible = r[:, None] < r[None, :]  # [j, i], without the diagonal
     diagonal = r[:, None] == r[None, :]
     if HAS_IDX:
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
         match = idx[:, None] == idx[None, :]
         visible = visible & match
-    BC = tl.where(visible, tl.dot(B, tl.trans(C), input_precision="ieee"), 0.0)  # [R, N] @ [N, R]
+    BC = tl.dot(B, tl.trans(C), input_precision="ieee")  # [R, N] @ [N, R]
+    own = tl.sum(tl.where(diagonal, BC, 0.0), axis=1)
+    BC = tl.where(visible, BC, 0.0)
     dBC = tl.zeros([R, R], dtype=tl.float32)
     down = tl.zeros([R], dtype=tl.float32)  # its diagonal, by itself: there a - log2(dt) would lose digits of dt
     if FIRST:
@@ -132,7 +134,7 @@ def _dx_block(
         # Sums of M come before the product that needs `mixing`, so that fewer tiles are alive at once.
         G = tl.dot(x, tl.trans(dy), input_precision="ieee")  # [j, i]: [R, P] @ [P, R]
         skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
-        source = a - tl.log2(tl.maximum(step, TINY))
+        source = tl.load(source_ptr + v + r)
         L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
         dBC += G * L
         down += skip * step
@@ -177,6 +179,7 @@ def _dx_kernel(
     D_ptr,
     step_ptr,
     decay_ptr,
+    source_ptr,
     to_end_ptr,
     middle_ptr,
     dstates_ptr,
@@ -229,13 +232,13 @@ def _dx_kernel(
     idx = idx_ptr + b * idx_batch
     if first:
         _dx_block(
-            x, dy, B, C, D_ptr, step_ptr, decay_ptr, to_end_ptr, middle_ptr, dstates_ptr, dx, dCB,
+            x, dy, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, to_end_ptr, middle_ptr, dstates_ptr, dx, dCB,
             direct_ptr, net_ptr, late_ptr, leave_ptr, skip_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
             True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     else:
         _dx_block(
-            x, dy, B, C, D_ptr, step_ptr, decay_ptr, to_end_ptr, middle_ptr, dstates_ptr, dx, dCB,
+            x, dy, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, to_end_ptr, middle_ptr, dstates_ptr, dx, dCB,
             direct_ptr, net_ptr, late_ptr, leave_ptr, skip_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
             False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
@@ -537,7 +540,7 @@ def dx_and_dCB(
     vectors = torch.empty(6, Bt, n_chunks, H, tiles.Q, device=x.device, dtype=torch.float32)
     flows = Flows(*vectors.unbind(0), torch.empty_like(steps.keep))
     _dx_kernel[(2 * G, Bt * n_chunks)](
-        x, dy, B, C, D, steps.step, steps.decay, steps.to_end, steps.middle, dstates, dx, dCB,
+        x, dy, B, C, D, steps.step, steps.decay, steps.source, steps.to_end, steps.middle, dstates, dx, dCB,
         flows.direct, flows.net, flows.late, flows.leave, flows.skip, x if seq_idx is None else seq_idx, S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
         0 if seq_idx is None else seq_idx.stride(0),

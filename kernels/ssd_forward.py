@@ -56,6 +56,7 @@ def _prepare_kernel(
     idx_ptr,
     step_ptr,
     decay_ptr,
+    source_ptr,
     to_end_ptr,
     from_start_ptr,
     middle_ptr,
@@ -77,6 +78,7 @@ def _prepare_kernel(
 
     step        dt after bias, softplus and clamp; 0 past the end of the row, which makes those tokens no-ops
     decay       a_t / ln 2
+    source      (a_t - ln dt_t) / ln 2: 2^(decay_i - source_j) = exp(a_i - a_j) dt_j
     to_end      exp(a_last - a_t) dt_t, 0 if t is not of the chunk's last document
     from_start  exp(a_t), 0 if t is not of the document that enters the chunk
     middle      first block: exp(a_m - a_t) dt_t with m its last token; second block: exp(a_t - a_m)
@@ -119,6 +121,7 @@ def _prepare_kernel(
     out = vector[:, None] * Q + q[None, :]
     tl.store(step_ptr + out, dt, mask=heads[:, None])
     tl.store(decay_ptr + out, a, mask=heads[:, None])
+    tl.store(source_ptr + out, a - tl.log2(tl.maximum(dt, TINY)), mask=heads[:, None])
     tl.store(to_end_ptr + out, to_end, mask=heads[:, None])
     tl.store(from_start_ptr + out, from_start, mask=heads[:, None])
     tl.store(middle_ptr + out, middle, mask=heads[:, None])
@@ -130,6 +133,7 @@ class Steps(NamedTuple):
 
     step: Tensor
     decay: Tensor
+    source: Tensor
     to_end: Tensor
     from_start: Tensor
     middle: Tensor
@@ -305,6 +309,7 @@ def _scan_block(
     D_ptr,
     step_ptr,
     decay_ptr,
+    source_ptr,
     from_start_ptr,
     middle_ptr,
     states_ptr,
@@ -342,12 +347,12 @@ def _scan_block(
     start = begin + half
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
     B = load_rows(B_ptr, start, B_token, S, r, n, N)
-    own = tl.sum(C.to(tl.float32) * B.to(tl.float32), axis=1)  # C_i . B_i
     visible = r[:, None] > r[None, :]
     if HAS_IDX:
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
         visible = visible & (idx[:, None] == idx[None, :])
     CB = tl.dot(C, tl.trans(B), input_precision="ieee")  # [R, N] @ [N, R]
+    own = tl.sum(tl.where(r[:, None] == r[None, :], CB, 0.0), axis=1)  # C_i . B_i
     CB = tl.where(visible, CB, 0.0)
     if SECOND:
         B = load_rows(B_ptr, begin, B_token, S, r, n, N)
@@ -368,7 +373,7 @@ def _scan_block(
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
         y = tl.dot(C, tl.trans(state), input_precision="ieee") * enter[:, None]  # [R, N] @ [N, P]
         y += x.to(tl.float32) * (own * step + D)[:, None]
-        source = a - tl.log2(tl.maximum(step, TINY))  # exp2(a_i - source_j) = exp(decay from j to i) dt_j
+        source = tl.load(source_ptr + v + r)
         mixing = CB * tl.exp2(tl.minimum(a[:, None] - source[None, :], LARGEST))
         y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")  # [R, R] @ [R, P]
         if SECOND:
@@ -391,6 +396,7 @@ def _scan_kernel(
     D_ptr,
     step_ptr,
     decay_ptr,
+    source_ptr,
     from_start_ptr,
     middle_ptr,
     states_ptr,
@@ -434,12 +440,14 @@ def _scan_kernel(
     idx = idx_ptr + b * idx_batch
     if second == 1:
         _scan_block(
-            x, B, C, D_ptr, step_ptr, decay_ptr, from_start_ptr, middle_ptr, states_ptr, y, idx, item, chunk, h0, S, H,
+            x, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, from_start_ptr, middle_ptr, states_ptr, y, idx,
+            item, chunk, h0, S, H,
             x_token, x_head, B_token, C_token, True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, HEADS, STAGES,
         )  # fmt: skip
     else:
         _scan_block(
-            x, B, C, D_ptr, step_ptr, decay_ptr, from_start_ptr, middle_ptr, states_ptr, y, idx, item, chunk, h0, S, H,
+            x, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, from_start_ptr, middle_ptr, states_ptr, y, idx,
+            item, chunk, h0, S, H,
             x_token, x_head, B_token, C_token, False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, HEADS, STAGES,
         )  # fmt: skip
 
@@ -507,7 +515,7 @@ def prepare(
     """dt: (B, S, H), any strides with the last 1."""
     Bt, S, H = dt.shape
     n_chunks = triton.cdiv(S, tiles.Q)
-    vectors = torch.empty(5, Bt, n_chunks, H, tiles.Q, device=dt.device, dtype=torch.float32)
+    vectors = torch.empty(6, Bt, n_chunks, H, tiles.Q, device=dt.device, dtype=torch.float32)
     steps = Steps(*vectors.unbind(0), torch.empty(Bt, n_chunks, H, device=dt.device, dtype=torch.float32))
     block = min(16, triton.next_power_of_2(H))
     _prepare_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
@@ -569,7 +577,8 @@ def scan(
     heads = max(k for k in range(1, min(share, 8) + 1) if share % k == 0)
     y = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
     _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
-        x, B, C, D, steps.step, steps.decay, steps.from_start, steps.middle, states, y, x if seq_idx is None else seq_idx,
+        x, B, C, D, steps.step, steps.decay, steps.source, steps.from_start, steps.middle, states, y,
+        x if seq_idx is None else seq_idx,
         S, H, n_chunks, share,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
         0 if seq_idx is None else seq_idx.stride(0),
