@@ -32,8 +32,8 @@ TINY: Preset = {
         "moe_shared_expert_intermediate_size": 256,
         "intermediate_size": 256,
     },
-    "train": {"train_iters": 500, "global_batch_size": 8, "micro_batch_size": 8},
-    "dataset": {"name": "embedded", "seq_length": 256},
+    "train": {"train_iters": 550, "global_batch_size": 4, "micro_batch_size": 4},
+    "dataset": {"name": "embedded", "seq_length": 512},
     "optimizer": {"lr": 4e-3, "min_lr": 0.0},
     "scheduler": {
         "lr_decay_style": "WSD",
@@ -41,7 +41,7 @@ TINY: Preset = {
         "lr_wsd_decay_style": "linear",
         "lr_wsd_decay_fraction": 0.9,
     },
-    "validation": {"eval_interval": 125, "eval_iters": 16},
+    "validation": {"eval_interval": 110, "eval_iters": 16},
 }
 
 
