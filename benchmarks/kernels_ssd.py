@@ -1,8 +1,8 @@
 """SSD at Nemotron 3 Nano's sizes: ours, mamba-ssm's Triton kernels where importable, eager PyTorch, and the floor.
 
-    python -m benchmarks.kernels_ssd                     T = 8192 and 32768, bf16; ends with one line of JSON
-    python -m benchmarks.kernels_ssd --check             errors against float64 only, one line per case
-    python -m benchmarks.kernels_ssd --profile           GPU time of each kernel, T = 8192
+python -m benchmarks.kernels_ssd                     T = 8192 and 32768, bf16; ends with one line of JSON
+python -m benchmarks.kernels_ssd --check             errors against float64 only, one line per case
+python -m benchmarks.kernels_ssd --profile           GPU time of each kernel, T = 8192
 """
 
 from __future__ import annotations
@@ -59,7 +59,13 @@ class Draw:
 
 
 def draw(
-    S: int, dtype: torch.dtype = torch.bfloat16, heads: int = H, groups: int = G, batch: int = 1, packed=False, initial=True
+    S: int,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: int = H,
+    groups: int = G,
+    batch: int = 1,
+    packed=False,
+    initial=True,
 ) -> Draw:
     """Steps dt of 0.001 to 0.1 and A of -1 to -16, as Mamba-2 is initialised; B, C and x normal."""
 

@@ -44,15 +44,12 @@ def causal_conv1d_reference(
     padded = torch.cat([before, x], dim=1).to(acc)  # (B, W - 1 + S, C)
     if seq_idx is not None:
         documents = F.pad(seq_idx, (W - 1, 0), mode="replicate")  # `initial` belongs to the first token's document
-    y = None
+    y = x.new_zeros(x.shape[2], dtype=acc) if bias is None else bias.to(acc)
     for j in range(W):
         tap = padded[:, j : j + S]
         if seq_idx is not None:
             tap = tap * (documents[:, j : j + S] == seq_idx).unsqueeze(-1)
-        term = tap * weight[:, j].to(acc)
-        y = term if y is None else y + term
-    if bias is not None:
-        y = y + bias.to(acc)
+        y = torch.addcmul(y, tap, weight[:, j].to(acc))
     return F.silu(y).to(x.dtype)
 
 

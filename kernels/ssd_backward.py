@@ -510,7 +510,9 @@ def _ddt_kernel(
     flow = tl.cumsum(crossing, axis=1, reverse=True) + (tl.cumsum(leave, axis=1) - leave) + through[:, None]
     dstep = tl.load(direct_ptr + v, mask=some, other=0.0) + A[:, None] * flow
     at = row.to(tl.int64) * S + chunk * Q
-    p_dt = dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    p_dt = (
+        dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    )
     raw = tl.load(p_dt, mask=real, other=0.0).to(tl.float32)
     raw += tl.load(bias_ptr + h, mask=heads, other=0.0).to(tl.float32)[:, None]
     slope = 1.0 / (1.0 + tl.exp(-raw))  # of softplus
@@ -530,7 +532,15 @@ def _ddt_kernel(
 
 
 def dx_and_dCB(
-    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor, steps: Steps, dstates: Tensor, seq_idx: Tensor | None, tiles: Tiles
+    x: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    steps: Steps,
+    dstates: Tensor,
+    seq_idx: Tensor | None,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Flows]:
     """dx, dCB (B, chunks, G, Q, Q) in x's dtype, and flows with `enter` and `through` still to be written."""
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
@@ -551,7 +561,16 @@ def dx_and_dCB(
 
 
 def dB_and_dC(
-    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, dCB: Tensor, steps: Steps, states: Tensor, dstates: Tensor, flows: Flows, tiles: Tiles
+    x: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dCB: Tensor,
+    steps: Steps,
+    states: Tensor,
+    dstates: Tensor,
+    flows: Flows,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)

@@ -92,7 +92,9 @@ def _prepare_kernel(
     t = chunk * Q + q
     heads = h < H
     inside = heads[:, None] & (t < S)[None, :]  # [BLOCK_H, Q]
-    p_dt = dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    p_dt = (
+        dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    )
     dt = tl.load(p_dt, mask=inside, other=0.0).to(tl.float32)
     A = tl.load(A_ptr + h, mask=heads, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + h, mask=heads, other=0.0).to(tl.float32)
@@ -113,7 +115,9 @@ def _prepare_kernel(
         p_idx = idx_ptr + row.to(tl.int64) * idx_batch
         idx = tl.load(p_idx + t, mask=t < S, other=-1)
         last = tl.load(p_idx + tl.minimum(chunk * Q + Q, S) - 1)
-        before = tl.load(p_idx + tl.maximum(chunk * Q - 1, 0))  # the initial state belongs to the first token's document
+        before = tl.load(
+            p_idx + tl.maximum(chunk * Q - 1, 0)
+        )  # the initial state belongs to the first token's document
         to_end = tl.where((idx == last)[None, :], to_end, 0.0)
         from_start = tl.where((idx == before)[None, :], from_start, 0.0)
         keep = tl.where(last == before, keep, 0.0)

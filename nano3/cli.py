@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ def _one_unit_each(base: Any, layer: Any, source: str) -> Any:
 def validate(config: Config) -> None:
     """Raise UserError on anything wrong that can be known without the machine; the mesh checks the rest."""
     for key in keys_of(Config):
-        section, name = key.split(".")
-        if isinstance(value := getattr(getattr(config, section), name), float) and not math.isfinite(value):
+        value = operator.attrgetter(key)(config)
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not a finite number")
     config.model.validate()
     t, s, d, v = config.train, config.scheduler, config.dataset, config.validation
@@ -171,6 +172,8 @@ def validate(config: Config) -> None:
     _one_of("scheduler.lr_decay_style", s.lr_decay_style, ["WSD", "cosine", "linear", "constant"])
     _one_of("scheduler.lr_wsd_decay_style", s.lr_wsd_decay_style, ["linear", "cosine", "exponential", "minus_sqrt"])
     _one_of("dataset.name", d.name, ["embedded", "mock"])
+    for key, backend in vars(config.model.kernels).items():
+        _one_of(f"model.kernels.{key}", backend, ["auto", "triton", "torch"])
     if s.lr_decay_style == "WSD" and all(getattr(s, f"lr_wsd_decay_{u}") is None for u in UNITS):
         raise UserError(
             "scheduler.lr_decay_style=WSD needs the length of its decay, e.g. scheduler.lr_wsd_decay_fraction=0.2"

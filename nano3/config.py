@@ -23,6 +23,20 @@ class UserError(ValueError):
 
 
 @dataclass(kw_only=True)
+class KernelsConfig:
+    """What runs each operator: triton (our kernel), torch (plain PyTorch), or auto, the faster one where it can run."""
+
+    ssd: str = "auto"
+    conv1d: str = "auto"
+    gated_norm: str = "auto"
+    rms_norm: str = "auto"
+    routing: str = "auto"
+    experts: str = "auto"
+    attention: str = "auto"
+    cross_entropy: str = "auto"
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """The geometry of a Nemotron-H model; the defaults are Nemotron 3 Nano 30B-A3B as released.
 
@@ -64,6 +78,7 @@ class ModelConfig:
     intermediate_size: int = 1856
     # initialisation; None means sqrt(0.8 / D), which every published size follows
     init_method_std: float | None = None
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     # fields of the family that this code knows and does not implement: refused below, by name
     moe_latent_size: int | None = None
     num_nextn_predict_layers: int = 0
@@ -235,7 +250,7 @@ class TrainConfig:
     micro_batch_size: int = 1  # sequences a rank computes at once
     precision: str = "auto"  # bf16 (fp32 masters), fp32, or auto: bf16 on a GPU, fp32 on a CPU
     recompute: Any = "none"  # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]
-    loss_chunk_tokens: int = 4096  # logits exist for this many tokens at a time
+    loss_chunk_tokens: int = 2048  # logits exist for this many tokens at a time
     device: str = "auto"  # cuda, cpu, or auto
 
 

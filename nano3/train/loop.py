@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels._common import INTERPRET, triton
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from nano3.cli import difference, to_yaml
 from nano3.config import Config, UserError
@@ -75,7 +76,7 @@ def training_step(
         labels = y.to(device).flatten()
         weight = torch.full(labels.shape, 1 / max(1, tokens), dtype=acc, device=device)
         hidden = out.hidden.flatten(0, 1)
-        loss, _ = linear_cross_entropy(hidden, model.lm_head.weight, labels, weight, config.train.loss_chunk_tokens)
+        loss, _ = head_loss(model, hidden, labels, weight, config)
         sums[0] += loss.detach()
         if out.balance:
             aux = torch.stack([b.aux_B.sum() for b in out.balance]).sum() / config.train.global_batch_size
@@ -99,11 +100,24 @@ def training_step(
     return StepReport(mean_loss, aux, grad_norm, tokens, loads, stops > 0)
 
 
+def head_loss(model: Nano3, hidden: Tensor, labels: Tensor, weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """The head and its loss on (T, D): the weighted sum, and the losses of the tokens."""
+    return linear_cross_entropy(
+        hidden,
+        model.lm_head.weight,
+        labels,
+        weight,
+        config.train.loss_chunk_tokens,
+        backend=config.model.kernels.cross_entropy,
+    )
+
+
 class Trainer:
     """Everything a run owns.  Built without side effects but memory; `run` does the work."""
 
     def __init__(self, config: Config, name: str, mesh: Mesh) -> None:
         self.config, self.name, self.mesh = config, name, mesh
+        check_kernels(config, mesh.device)
         self.tokenizer = load_tokenizer(tokenizer_name(config), config.model.vocab_size)
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
@@ -209,7 +223,7 @@ class Trainer:
                 hidden = self.model(x.to(mesh.device)).hidden.flatten(0, 1)
                 labels = y.to(mesh.device).flatten()
                 weight = torch.ones(labels.shape, device=mesh.device)
-                loss, _ = linear_cross_entropy(hidden, self.model.lm_head.weight, labels, weight, t.loss_chunk_tokens)
+                loss, _ = head_loss(self.model, hidden, labels, weight, self.config)
                 sums += torch.stack([loss.double(), (labels != IGNORE).sum().double()])
         total, tokens = all_sum(sums, mesh.dp).tolist()
         return total / max(1.0, tokens)
@@ -307,6 +321,15 @@ class Trainer:
             )
         prompt = '"def "' if self.config.dataset.name == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
         log.say(f"  python -m nano3.model.generate --checkpoint {self.save_to} --prompt {prompt}")
+
+
+def check_kernels(config: Config, device: torch.device) -> None:
+    """Raise UserError if a Triton kernel is asked for where none can run."""
+    for name, backend in vars(config.model.kernels).items():
+        if backend == "triton" and (device.type != "cuda" or triton is None) and not INTERPRET:
+            raise UserError(
+                f"model.kernels.{name}=triton needs a CUDA device and the triton package; use model.kernels.{name}=auto"
+            )
 
 
 def keep_freed_memory() -> None:
