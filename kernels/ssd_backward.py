@@ -19,26 +19,37 @@ Launches: `_prepare_kernel`, `_states_kernel` (S again and dS together), `_dx_ke
 No atomics: every sum has one owner and one order.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ssd_forward import LARGEST, TINY, Steps, Tiles, load_rows, softplus
+from kernels.ssd_forward import (
+    DECAY,
+    FROM_START,
+    KINDS,
+    LARGEST,
+    MIDDLE,
+    SOURCE,
+    STEP,
+    TINY,
+    TO_END,
+    Steps,
+    Tiles,
+    load_rows,
+    softplus,
+)
 
 
-class Flows(NamedTuple):
-    """What `_dx_kernel` and `_dBC_kernel` leave for `_ddt_kernel`: fp32, (B, chunks, H, Q); through: (B, chunks, H)."""
-
-    direct: Tensor  # of dt_j, decays held fixed
-    net: Tensor  # row sums minus column sums of M, blocks on the diagonal and columns of the block below them
-    late: Tensor  # row sums of the block below the diagonal, second half of a chunk only
-    leave: Tensor  # e_j
-    skip: Tensor  # x_j . dy_j
-    enter: Tensor  # r_i
-    through: Tensor  # keep <dS, S>
+# Rows of the flows, (B, chunks, H, FLOWS, Q) in fp32: what the large kernels leave for `_ddt_kernel`.
+FLOWS = tl.constexpr(6)
+DIRECT, NET, ACROSS, SKIP, LEAVE, ENTER = (tl.constexpr(i) for i in range(6))
+# DIRECT  gradient of dt_j inside the chunk, decays held fixed
+# NET     row sums minus column sums of M, of the two blocks on the diagonal
+# ACROSS  of the block between them: column sums in the first half of the chunk, row sums in the second
+# SKIP    x_j . dy_j
+# LEAVE   e_j, towards the state
+# ENTER   r_i, from the state
 
 
 # --- dx and dCB ------------------------------------------------------------------------------------------------------
@@ -51,19 +62,11 @@ def _dx_block(
     B_ptr,
     C_ptr,
     D_ptr,
-    step_ptr,
-    decay_ptr,
-    source_ptr,
-    to_end_ptr,
-    middle_ptr,
+    vectors_ptr,
     dstates_ptr,
     dx_ptr,
     dCB_ptr,
-    direct_ptr,
-    net_ptr,
-    late_ptr,
-    leave_ptr,
-    skip_ptr,
+    flows_ptr,
     idx_ptr,
     item,
     chunk,
@@ -106,13 +109,11 @@ def _dx_block(
     dBC = tl.zeros([R, R], dtype=tl.float32)
     down = tl.zeros([R], dtype=tl.float32)  # its diagonal, by itself: there a - log2(dt) would lose digits of dt
     if FIRST:
-        C = load_rows(C_ptr, later, C_token, S, r, n, N)
-        BC_right = tl.dot(B, tl.trans(C), input_precision="ieee")
+        C_right = load_rows(C_ptr, later, C_token, S, r, n, N)
         dBC_right = tl.zeros([R, R], dtype=tl.float32)
         if HAS_IDX:
             idx_right = tl.load(idx_ptr + later + r, mask=r < S - later, other=-1)
             match_right = idx[:, None] == idx_right[None, :]
-            BC_right = tl.where(match_right, BC_right, 0.0)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     real = (r < S - start)[:, None]
     if P != BLOCK_P:
@@ -120,46 +121,52 @@ def _dx_block(
     for k in tl.range(0, SHARE, num_stages=STAGES):
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
-        v = vector * Q + half
-        step = tl.load(step_ptr + v + r)
-        a = tl.load(decay_ptr + v + r)
-        to_end = tl.load(to_end_ptr + v + r)
-        D = tl.load(D_ptr + h).to(tl.float32)
+        p_v = vectors_ptr + vector * (KINDS * Q) + half + r
+        p_f = flows_ptr + vector * (FLOWS * Q) + half + r
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
-        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
+        # Registers are scarce: values are loaded where they are used, sums of M come before the product that needs the
+        # mixing tile, the block to the right before anything else that adds to dx, and its C_i . B_j are made again here.
+        if FIRST:
+            before = tl.load(p_v + MIDDLE * Q)
+            after = tl.load(p_v + (MIDDLE * Q + R))
+            dy_right = load_rows(dy_ptr + h * P, later, H * P, S, r, p, P)
+            L = before[:, None] * after[None, :]
+            G = tl.dot(x, tl.trans(dy_right), input_precision="ieee") * L  # [j, i]: [R, P] @ [P, R]
+            dBC_right += G
+            BC_right = tl.dot(B, tl.trans(C_right), input_precision="ieee")  # [R, N] @ [N, R]
+            if HAS_IDX:
+                BC_right = tl.where(match_right, BC_right, 0.0)
+            G = G * BC_right  # M
+            crossing = tl.sum(G, axis=1)
+            tl.store(p_f + ACROSS * Q, crossing)
+            tl.store(p_f + (ACROSS * Q + R), tl.sum(G, axis=0))
+            L = L * BC_right
+            dx = tl.dot(L.to(x.dtype), dy_right, input_precision="ieee")  # [R, R] @ [R, P]
+        else:
+            dx = tl.zeros([R, BLOCK_P], dtype=tl.float32)
+            crossing = tl.zeros([R], dtype=tl.float32)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
-        dx = tl.dot(B, tl.trans(dstate), input_precision="ieee") * to_end[:, None]  # [R, N] @ [N, P]
-        leave = tl.sum(dx * x.to(tl.float32), axis=1)
+        to_end = tl.load(p_v + TO_END * Q)
+        dx += tl.dot(B, tl.trans(dstate), input_precision="ieee") * to_end[:, None]  # [R, N] @ [N, P]
+        step = tl.load(p_v + STEP * Q)
+        D = tl.load(D_ptr + h).to(tl.float32)
+        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
         dx += dy.to(tl.float32) * (own * step + D)[:, None]
-        # Sums of M come before the product that needs `mixing`, so that fewer tiles are alive at once.
-        G = tl.dot(x, tl.trans(dy), input_precision="ieee")  # [j, i]: [R, P] @ [P, R]
+        a = tl.load(p_v + DECAY * Q)
+        source = tl.load(p_v + SOURCE * Q)
+        G = tl.dot(x, tl.trans(dy), input_precision="ieee")
         skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
-        source = tl.load(source_ptr + v + r)
         L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
         dBC += G * L
         down += skip * step
-        mixing = BC * L
-        M = mixing * G
-        columns = tl.sum(M, axis=1)
-        rows = tl.sum(M, axis=0)
-        dx = tl.dot(mixing.to(x.dtype), dy, dx, input_precision="ieee")  # [R, R] @ [R, P]
-        if FIRST:
-            before = tl.load(middle_ptr + v + r)
-            after = tl.load(middle_ptr + v + R + r)
-            dy_right = load_rows(dy_ptr + h * P, later, H * P, S, r, p, P)
-            G = tl.dot(x, tl.trans(dy_right), input_precision="ieee")
-            L = before[:, None] * after[None, :]
-            dBC_right += G * L
-            mixing = BC_right * L
-            M = mixing * G
-            columns += tl.sum(M, axis=1)
-            tl.store(late_ptr + v + R + r, tl.sum(M, axis=0))
-            dx = tl.dot(mixing.to(x.dtype), dy_right, dx, input_precision="ieee")
+        L = BC * L
+        G = G * L
+        columns = tl.sum(G, axis=1)
+        tl.store(p_f + NET * Q, tl.sum(G, axis=0) - columns)
+        dx = tl.dot(L.to(x.dtype), dy, dx, input_precision="ieee")
         inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
-        tl.store(direct_ptr + v + r, (columns + leave) * inverse + own * skip)
-        tl.store(net_ptr + v + r, rows - columns)
-        tl.store(leave_ptr + v + r, leave)
-        tl.store(skip_ptr + v + r, skip)
+        tl.store(p_f + DIRECT * Q, (columns + crossing) * inverse + own * skip)
+        tl.store(p_f + SKIP * Q, skip)
         tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + (r[:, None] * (H * P) + p[None, :]), dx, mask=real)
     out = dCB_ptr + half * Q + half + r[:, None] * Q + r[None, :]
     element: tl.constexpr = dCB_ptr.dtype.element_ty
@@ -177,19 +184,11 @@ def _dx_kernel(
     B_ptr,
     C_ptr,
     D_ptr,
-    step_ptr,
-    decay_ptr,
-    source_ptr,
-    to_end_ptr,
-    middle_ptr,
+    vectors_ptr,
     dstates_ptr,
     dx_ptr,
     dCB_ptr,
-    direct_ptr,
-    net_ptr,
-    late_ptr,
-    leave_ptr,
-    skip_ptr,
+    flows_ptr,
     idx_ptr,
     S,
     H: tl.constexpr,
@@ -232,14 +231,12 @@ def _dx_kernel(
     idx = idx_ptr + b * idx_batch
     if first:
         _dx_block(
-            x, dy, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, to_end_ptr, middle_ptr, dstates_ptr, dx, dCB,
-            direct_ptr, net_ptr, late_ptr, leave_ptr, skip_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
+            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
             True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     else:
         _dx_block(
-            x, dy, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, to_end_ptr, middle_ptr, dstates_ptr, dx, dCB,
-            direct_ptr, net_ptr, late_ptr, leave_ptr, skip_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
+            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
             False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
 
@@ -250,20 +247,23 @@ def _dx_kernel(
 @triton.jit
 def _dB_block(
     x_ptr,
+    B_ptr,
     C_ptr,
-    to_end_ptr,
+    vectors_ptr,
     dstates_ptr,
     dCB_ptr,
     dB_ptr,
+    flows_ptr,
     item,
     chunk,
     g,
-    half,
     S,
     H: tl.constexpr,
     x_token: tl.constexpr,
     x_head,
+    B_token: tl.constexpr,
     C_token: tl.constexpr,
+    FIRST: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -272,8 +272,9 @@ def _dB_block(
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dB_j = sum_i dCB_ji C_i + sum_h w_j x_j dS for one block of tokens j."""
+    """dB_j = sum_i dCB_ji C_i + sum_h w_j x_j dS for one block of tokens j, and e_j."""
     Q: tl.constexpr = 2 * R
+    half: tl.constexpr = 0 if FIRST else R
     r = tl.arange(0, R)
     p = tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
@@ -282,18 +283,21 @@ def _dB_block(
     dCB = tl.load(dCB_ptr + (half + r)[:, None] * Q + half + r[None, :])  # [j, i]
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
     dB = tl.dot(dCB, C, input_precision="ieee")  # [R, R] @ [R, N]
-    if half == 0:
+    if FIRST:
         dCB = tl.load(dCB_ptr + r[:, None] * Q + R + r[None, :])
         C = load_rows(C_ptr, begin + R, C_token, S, r, n, N)
         dB = tl.dot(dCB, C, dB, input_precision="ieee")
+    B = load_rows(B_ptr, start, B_token, S, r, n, N)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     for k in tl.range(0, SHARE, num_stages=STAGES):
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
-        to_end = tl.load(to_end_ptr + (vector * Q + half) + r)
+        to_end = tl.load(vectors_ptr + vector * (KINDS * Q) + (TO_END * Q + half) + r)
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        dB += tl.dot(x, dstate, input_precision="ieee") * to_end[:, None]  # [R, P] @ [P, N]
+        part = tl.dot(x, dstate, input_precision="ieee") * to_end[:, None]  # [R, P] @ [P, N]
+        dB += part
+        tl.store(flows_ptr + vector * (FLOWS * Q) + (LEAVE * Q + half) + r, tl.sum(part * B.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
     if N != BLOCK_N:
         mask = mask & (n < N)[None, :]
@@ -306,11 +310,11 @@ def _dC_block(
     dy_ptr,
     B_ptr,
     C_ptr,
-    from_start_ptr,
+    vectors_ptr,
     states_ptr,
     dCB_ptr,
     dC_ptr,
-    enter_ptr,
+    flows_ptr,
     item,
     chunk,
     g,
@@ -348,13 +352,12 @@ def _dC_block(
     for k in tl.range(0, SHARE, num_stages=STAGES):
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
-        v = vector * Q + half
-        from_start = tl.load(from_start_ptr + v + r)
+        from_start = tl.load(vectors_ptr + vector * (KINDS * Q) + (FROM_START * Q + half) + r)
         dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
         part = tl.dot(dy, state, input_precision="ieee") * from_start[:, None]  # [R, P] @ [P, N]
         dC += part
-        tl.store(enter_ptr + v + r, tl.sum(part * C.to(tl.float32), axis=1))
+        tl.store(flows_ptr + vector * (FLOWS * Q) + (ENTER * Q + half) + r, tl.sum(part * C.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
     if N != BLOCK_N:
         mask = mask & (n < N)[None, :]
@@ -390,15 +393,14 @@ def _dBC_kernel(
     dy_ptr,
     B_ptr,
     C_ptr,
-    to_end_ptr,
-    from_start_ptr,
+    vectors_ptr,
     keep_ptr,
     states_ptr,
     dstates_ptr,
     dCB_ptr,
     dB_ptr,
     dC_ptr,
-    enter_ptr,
+    flows_ptr,
     through_ptr,
     S,
     H: tl.constexpr,
@@ -435,19 +437,24 @@ def _dBC_kernel(
     dB = dB_ptr + b * S * groups * N
     dC = dC_ptr + b * S * groups * N
     dCB = dCB_ptr + (item * groups + g).to(tl.int64) * (4 * R * R)
-    if role < 2:
+    if role == 0:
         _dB_block(
-            x, C, to_end_ptr, dstates_ptr, dCB, dB, item, chunk, g, role * R, S, H, x_token, x_head, C_token,
-            P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
+            True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        )  # fmt: skip
+    elif role == 1:
+        _dB_block(
+            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
+            False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 2:
         _dC_block(
-            dy, B, C, from_start_ptr, states_ptr, dCB, dC, enter_ptr, item, chunk, g, S, H, B_token, C_token,
+            dy, B, C, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g, S, H, B_token, C_token,
             True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 3:
         _dC_block(
-            dy, B, C, from_start_ptr, states_ptr, dCB, dC, enter_ptr, item, chunk, g, S, H, B_token, C_token,
+            dy, B, C, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g, S, H, B_token, C_token,
             False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     else:
@@ -464,13 +471,8 @@ def _ddt_kernel(
     dt_ptr,
     A_ptr,
     bias_ptr,
-    step_ptr,
-    direct_ptr,
-    net_ptr,
-    late_ptr,
-    leave_ptr,
-    skip_ptr,
-    enter_ptr,
+    vectors_ptr,
+    flows_ptr,
     through_ptr,
     ddt_ptr,
     parts_ptr,
@@ -498,17 +500,21 @@ def _ddt_kernel(
     heads = h < H
     real = heads[:, None] & (q < S - chunk * Q)[None, :]
     vector = (item * H + h).to(tl.int64)
-    v = vector[:, None] * Q + q[None, :]
+    p_f = flows_ptr + vector[:, None] * (FLOWS * Q) + q[None, :]
     some = heads[:, None]
     A = tl.load(A_ptr + h, mask=heads, other=0.0).to(tl.float32)
-    step = tl.load(step_ptr + v, mask=some, other=0.0)
-    leave = tl.load(leave_ptr + v, mask=some, other=0.0)
-    skip = tl.load(skip_ptr + v, mask=some, other=0.0)
-    crossing = tl.load(net_ptr + v, mask=some, other=0.0) + tl.load(enter_ptr + v, mask=some, other=0.0)
-    crossing += tl.load(late_ptr + v, mask=some & (q >= R)[None, :], other=0.0)
+    step = tl.load(vectors_ptr + vector[:, None] * (KINDS * Q) + STEP * Q + q[None, :], mask=some, other=0.0)
+    leave = tl.load(p_f + LEAVE * Q, mask=some, other=0.0)
+    skip = tl.load(p_f + SKIP * Q, mask=some, other=0.0)
+    crossing = tl.load(p_f + NET * Q, mask=some, other=0.0) + tl.load(p_f + ENTER * Q, mask=some, other=0.0)
+    across = tl.load(p_f + ACROSS * Q, mask=some, other=0.0)
     through = tl.load(through_ptr + vector, mask=heads, other=0.0)
     flow = tl.cumsum(crossing, axis=1, reverse=True) + (tl.cumsum(leave, axis=1) - leave) + through[:, None]
-    dstep = tl.load(direct_ptr + v, mask=some, other=0.0) + A[:, None] * flow
+    from_first = tl.cumsum(across, axis=1) - across
+    to_second = tl.cumsum(across, axis=1, reverse=True)
+    flow += tl.where((q < R)[None, :], from_first, to_second)
+    inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
+    dstep = tl.load(p_f + DIRECT * Q, mask=some, other=0.0) + leave * inverse + A[:, None] * flow
     at = row.to(tl.int64) * S + chunk * Q
     p_dt = (
         dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
@@ -532,6 +538,7 @@ def _ddt_kernel(
 
 
 def dx_and_dCB(
+<<<<<<< HEAD
     x: Tensor,
     dy: Tensor,
     B: Tensor,
@@ -543,15 +550,18 @@ def dx_and_dCB(
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Flows]:
     """dx, dCB (B, chunks, G, Q, Q) in x's dtype, and flows with `enter` and `through` still to be written."""
+=======
+    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor, steps: Steps, dstates: Tensor, seq_idx: Tensor | None, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dCB (B, chunks, G, Q, Q) in x's dtype, and the flows, of which LEAVE and ENTER are still to be written."""
+>>>>>>> kernels-ssd
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)
     dx = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
     dCB = torch.empty(Bt, n_chunks, G, tiles.Q, tiles.Q, device=x.device, dtype=x.dtype)
-    vectors = torch.empty(6, Bt, n_chunks, H, tiles.Q, device=x.device, dtype=torch.float32)
-    flows = Flows(*vectors.unbind(0), torch.empty_like(steps.keep))
+    flows = torch.empty(Bt, n_chunks, H, FLOWS.value, tiles.Q, device=x.device, dtype=torch.float32)
     _dx_kernel[(2 * G, Bt * n_chunks)](
-        x, dy, B, C, D, steps.step, steps.decay, steps.source, steps.to_end, steps.middle, dstates, dx, dCB,
-        flows.direct, flows.net, flows.late, flows.leave, flows.skip, x if seq_idx is None else seq_idx, S, H, n_chunks,
+        x, dy, B, C, D, steps.vectors, dstates, dx, dCB, flows, x if seq_idx is None else seq_idx, S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
         0 if seq_idx is None else seq_idx.stride(0),
         HAS_IDX=seq_idx is not None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G,
@@ -561,6 +571,7 @@ def dx_and_dCB(
 
 
 def dB_and_dC(
+<<<<<<< HEAD
     x: Tensor,
     dy: Tensor,
     B: Tensor,
@@ -572,21 +583,27 @@ def dB_and_dC(
     flows: Flows,
     tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
+=======
+    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, dCB: Tensor, steps: Steps, states: Tensor, dstates: Tensor, flows: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dB, dC, and keep <dS, S> per chunk and head; writes LEAVE and ENTER of the flows."""
+>>>>>>> kernels-ssd
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)
     dB = torch.empty(Bt, S, G, N, device=x.device, dtype=B.dtype)
     dC = torch.empty(Bt, S, G, N, device=x.device, dtype=C.dtype)
+    through = torch.empty_like(steps.keep)
     _dBC_kernel[(5 * G, Bt * n_chunks)](
-        x, dy, B, C, steps.to_end, steps.from_start, steps.keep, states, dstates, dCB, dB, dC, flows.enter, flows.through,
+        x, dy, B, C, *steps, states, dstates, dCB, dB, dC, flows, through,
         S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
         P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
-    return dB, dC
+    return dB, dC, through
 
 
 def ddt_and_parameters(
-    dt: Tensor, A: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float], steps: Steps, flows: Flows, tiles: Tiles
+    dt: Tensor, A: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float], steps: Steps, flows: Tensor, through: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
     """ddt (B, S, H) in dt's dtype, and dA, dD, ddt_bias as (3, H) in fp32."""
     Bt, S, H = dt.shape
@@ -595,8 +612,7 @@ def ddt_and_parameters(
     parts = torch.empty(3, Bt * n_chunks, H, device=dt.device, dtype=torch.float32)
     block = min(16, triton.next_power_of_2(H))
     _ddt_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
-        dt, A, dt_bias, steps.step, flows.direct, flows.net, flows.late, flows.leave, flows.skip, flows.enter, flows.through,
-        ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1), *dt_limit,
+        dt, A, dt_bias, steps.vectors, flows, through, ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1), *dt_limit,
         CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
     return ddt, parts.sum(1)

@@ -27,6 +27,9 @@ from kernels._common import INTERPRET
 
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-37)  # below this a step counts as zero: its logarithm stays finite
+# Rows of `Steps.vectors`, described in `_prepare_kernel`.
+KINDS = tl.constexpr(6)
+STEP, DECAY, SOURCE, TO_END, FROM_START, MIDDLE = (tl.constexpr(i) for i in range(6))
 LARGEST = tl.constexpr(126.0)  # exponents are cut here so that masked-out pairs give 0 * finite, not 0 * inf
 
 
@@ -54,12 +57,7 @@ def _prepare_kernel(
     A_ptr,
     bias_ptr,
     idx_ptr,
-    step_ptr,
-    decay_ptr,
-    source_ptr,
-    to_end_ptr,
-    from_start_ptr,
-    middle_ptr,
+    vectors_ptr,
     keep_ptr,
     S,
     H,
@@ -74,7 +72,7 @@ def _prepare_kernel(
     R: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program: a chunk of Q = 2 R tokens, BLOCK_H heads.  dt (B, S, H) strided; outputs (B, chunks, H, Q), keep without Q.
+    """One program: a chunk of Q = 2 R tokens, BLOCK_H heads.  dt (B, S, H) strided; vectors (B, chunks, H, KINDS, Q).
 
     step        dt after bias, softplus and clamp; 0 past the end of the row, which makes those tokens no-ops
     decay       a_t / ln 2
@@ -122,26 +120,21 @@ def _prepare_kernel(
         from_start = tl.where((idx == before)[None, :], from_start, 0.0)
         keep = tl.where(last == before, keep, 0.0)
     vector = (tl.program_id(0) * H + h).to(tl.int64)  # (row, chunk, head)
-    out = vector[:, None] * Q + q[None, :]
-    tl.store(step_ptr + out, dt, mask=heads[:, None])
-    tl.store(decay_ptr + out, a, mask=heads[:, None])
-    tl.store(source_ptr + out, a - tl.log2(tl.maximum(dt, TINY)), mask=heads[:, None])
-    tl.store(to_end_ptr + out, to_end, mask=heads[:, None])
-    tl.store(from_start_ptr + out, from_start, mask=heads[:, None])
-    tl.store(middle_ptr + out, middle, mask=heads[:, None])
+    out = vectors_ptr + vector[:, None] * (KINDS * Q) + q[None, :]
+    tl.store(out + STEP * Q, dt, mask=heads[:, None])
+    tl.store(out + DECAY * Q, a, mask=heads[:, None])
+    tl.store(out + SOURCE * Q, a - tl.log2(tl.maximum(dt, TINY)), mask=heads[:, None])
+    tl.store(out + TO_END * Q, to_end, mask=heads[:, None])
+    tl.store(out + FROM_START * Q, from_start, mask=heads[:, None])
+    tl.store(out + MIDDLE * Q, middle, mask=heads[:, None])
     tl.store(keep_ptr + vector, keep, mask=heads)
 
 
 class Steps(NamedTuple):
-    """What `prepare` makes of dt, fp32: (B, chunks, H, 2 R) each, keep (B, chunks, H).  Meanings in `_prepare_kernel`."""
+    """What `prepare` makes of dt, in fp32: per head and chunk side by side, so that a kernel needs one address for them."""
 
-    step: Tensor
-    decay: Tensor
-    source: Tensor
-    to_end: Tensor
-    from_start: Tensor
-    middle: Tensor
-    keep: Tensor
+    vectors: Tensor  # (B, chunks, H, KINDS, 2 R)
+    keep: Tensor  # (B, chunks, H)
 
 
 # --- tiles -----------------------------------------------------------------------------------------------------------
@@ -201,16 +194,15 @@ def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
 def _states_kernel(
     x_ptr,
     B_ptr,
-    to_end_ptr,
     first_ptr,
     states_ptr,
     last_ptr,
     dy_ptr,
     C_ptr,
-    from_start_ptr,
     dlast_ptr,
     dstates_ptr,
     dfirst_ptr,
+    vectors_ptr,
     keep_ptr,
     S,
     H,
@@ -263,7 +255,7 @@ def _states_kernel(
         value_token = H * P
         key_ptr = C_ptr + b * C_batch + (h // share) * C_group
         key_token = C_token
-        weight_ptr = from_start_ptr
+        weight_ptr = vectors_ptr + FROM_START * Q
         out_ptr = dstates_ptr
         end_ptr = dfirst_ptr
         chunk = n_chunks - 1
@@ -276,7 +268,7 @@ def _states_kernel(
         value_token = x_token
         key_ptr = B_ptr + b * B_batch + (h // share) * B_group
         key_token = B_token
-        weight_ptr = to_end_ptr
+        weight_ptr = vectors_ptr + TO_END * Q
         out_ptr = states_ptr
         end_ptr = last_ptr
         chunk = n_chunks * 0
@@ -295,7 +287,7 @@ def _states_kernel(
         p_value = value_ptr + start.to(tl.int64) * value_token
         value = tl.load(p_value + (q[None, :] * value_token + p[:, None]), mask=token, other=0.0)  # [P, Q]
         key = load_rows(key_ptr, start, key_token, S, q, n, N)  # [Q, N]
-        weight = tl.load(weight_ptr + vector * Q + q)
+        weight = tl.load(weight_ptr + vector * (KINDS * Q) + q)
         value = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
         state = state * tl.load(keep_ptr + vector)
         state = tl.dot(value, key, state, input_precision="ieee")  # [P, Q] @ [Q, N]
@@ -311,11 +303,7 @@ def _scan_block(
     B_ptr,
     C_ptr,
     D_ptr,
-    step_ptr,
-    decay_ptr,
-    source_ptr,
-    from_start_ptr,
-    middle_ptr,
+    vectors_ptr,
     states_ptr,
     y_ptr,
     idx_ptr,
@@ -368,24 +356,23 @@ def _scan_block(
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
         vector = (item * H + h).to(tl.int64)
-        v = vector * Q + half
-        step = tl.load(step_ptr + v + r)
-        a = tl.load(decay_ptr + v + r)
-        enter = tl.load(from_start_ptr + v + r)
-        D = tl.load(D_ptr + h).to(tl.float32)
-        x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
+        p_v = vectors_ptr + vector * (KINDS * Q) + half + r
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
-        y = tl.dot(C, tl.trans(state), input_precision="ieee") * enter[:, None]  # [R, N] @ [N, P]
-        y += x.to(tl.float32) * (own * step + D)[:, None]
-        source = tl.load(source_ptr + v + r)
-        mixing = CB * tl.exp2(tl.minimum(a[:, None] - source[None, :], LARGEST))
-        y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")  # [R, R] @ [R, P]
+        from_start = tl.load(p_v + FROM_START * Q)
+        y = tl.dot(C, tl.trans(state), input_precision="ieee") * from_start[:, None]  # [R, N] @ [N, P]
         if SECOND:
-            before = tl.load(middle_ptr + v - half + r)
-            after = tl.load(middle_ptr + v + r)
             x_left = load_rows(x_ptr + h * x_head, begin, x_token, S, r, p, P)
+            before = tl.load(p_v + (MIDDLE * Q - R))
+            after = tl.load(p_v + MIDDLE * Q)
             mixing = CB_left * (after[:, None] * before[None, :])
-            y = tl.dot(mixing.to(x.dtype), x_left, y, input_precision="ieee")
+            y = tl.dot(mixing.to(x_left.dtype), x_left, y, input_precision="ieee")  # [R, R] @ [R, P]
+        x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
+        D = tl.load(D_ptr + h).to(tl.float32)
+        y += x.to(tl.float32) * (own * tl.load(p_v + STEP * Q) + D)[:, None]
+        a = tl.load(p_v + DECAY * Q)
+        source = tl.load(p_v + SOURCE * Q)
+        mixing = CB * tl.exp2(tl.minimum(a[:, None] - source[None, :], LARGEST))
+        y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
         mask = (r < S - start)[:, None]
         if P != BLOCK_P:
             mask = mask & (p < P)[None, :]
@@ -398,11 +385,7 @@ def _scan_kernel(
     B_ptr,
     C_ptr,
     D_ptr,
-    step_ptr,
-    decay_ptr,
-    source_ptr,
-    from_start_ptr,
-    middle_ptr,
+    vectors_ptr,
     states_ptr,
     y_ptr,
     idx_ptr,
@@ -444,14 +427,12 @@ def _scan_kernel(
     idx = idx_ptr + b * idx_batch
     if second == 1:
         _scan_block(
-            x, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, from_start_ptr, middle_ptr, states_ptr, y, idx,
-            item, chunk, h0, S, H,
+            x, B, C, D_ptr, vectors_ptr, states_ptr, y, idx, item, chunk, h0, S, H,
             x_token, x_head, B_token, C_token, True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, HEADS, STAGES,
         )  # fmt: skip
     else:
         _scan_block(
-            x, B, C, D_ptr, step_ptr, decay_ptr, source_ptr, from_start_ptr, middle_ptr, states_ptr, y, idx,
-            item, chunk, h0, S, H,
+            x, B, C, D_ptr, vectors_ptr, states_ptr, y, idx, item, chunk, h0, S, H,
             x_token, x_head, B_token, C_token, False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, HEADS, STAGES,
         )  # fmt: skip
 
@@ -519,8 +500,8 @@ def prepare(
     """dt: (B, S, H), any strides with the last 1."""
     Bt, S, H = dt.shape
     n_chunks = triton.cdiv(S, tiles.Q)
-    vectors = torch.empty(6, Bt, n_chunks, H, tiles.Q, device=dt.device, dtype=torch.float32)
-    steps = Steps(*vectors.unbind(0), torch.empty(Bt, n_chunks, H, device=dt.device, dtype=torch.float32))
+    vectors = torch.empty(Bt, n_chunks, H, KINDS.value, tiles.Q, device=dt.device, dtype=torch.float32)
+    steps = Steps(vectors, torch.empty(Bt, n_chunks, H, device=dt.device, dtype=torch.float32))
     block = min(16, triton.next_power_of_2(H))
     _prepare_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
         dt, A, dt_bias, dt if seq_idx is None else seq_idx, *steps, S, H, n_chunks,
@@ -563,7 +544,7 @@ def carry_states(
         while Bt * H * (tiles.P // split_p) * (tiles.N // split_n) < 120 and split_p > 32:
             split_p //= 2
     _states_kernel[(Bt * H, (tiles.P // split_p) * (tiles.N // split_n), forward + backward)](
-        x, B, steps.to_end, initial_state, states, last, dy, C, steps.from_start, dlast, dstates, dfirst, steps.keep,
+        x, B, initial_state, states, last, dy, C, dlast, dstates, dfirst, *steps,
         S, H, n_chunks, H // G,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
         FORWARD=forward, BACKWARD=backward, HAS_FIRST=initial_state is not None, HAS_DLAST=dlast is not None,
@@ -581,8 +562,7 @@ def scan(
     heads = max(k for k in range(1, min(share, 8) + 1) if share % k == 0)
     y = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
     _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
-        x, B, C, D, steps.step, steps.decay, steps.source, steps.from_start, steps.middle, states, y,
-        x if seq_idx is None else seq_idx,
+        x, B, C, D, steps.vectors, states, y, x if seq_idx is None else seq_idx,
         S, H, n_chunks, share,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
         0 if seq_idx is None else seq_idx.stride(0),
