@@ -538,7 +538,6 @@ def _ddt_kernel(
 
 
 def dx_and_dCB(
-<<<<<<< HEAD
     x: Tensor,
     dy: Tensor,
     B: Tensor,
@@ -548,13 +547,8 @@ def dx_and_dCB(
     dstates: Tensor,
     seq_idx: Tensor | None,
     tiles: Tiles,
-) -> tuple[Tensor, Tensor, Flows]:
-    """dx, dCB (B, chunks, G, Q, Q) in x's dtype, and flows with `enter` and `through` still to be written."""
-=======
-    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor, steps: Steps, dstates: Tensor, seq_idx: Tensor | None, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dCB (B, chunks, G, Q, Q) in x's dtype, and the flows, of which LEAVE and ENTER are still to be written."""
->>>>>>> kernels-ssd
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)
     dx = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
@@ -571,7 +565,6 @@ def dx_and_dCB(
 
 
 def dB_and_dC(
-<<<<<<< HEAD
     x: Tensor,
     dy: Tensor,
     B: Tensor,
@@ -580,14 +573,10 @@ def dB_and_dC(
     steps: Steps,
     states: Tensor,
     dstates: Tensor,
-    flows: Flows,
+    flows: Tensor,
     tiles: Tiles,
-) -> tuple[Tensor, Tensor]:
-=======
-    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, dCB: Tensor, steps: Steps, states: Tensor, dstates: Tensor, flows: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dB, dC, and keep <dS, S> per chunk and head; writes LEAVE and ENTER of the flows."""
->>>>>>> kernels-ssd
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)
     dB = torch.empty(Bt, S, G, N, device=x.device, dtype=B.dtype)
@@ -603,7 +592,14 @@ def dB_and_dC(
 
 
 def ddt_and_parameters(
-    dt: Tensor, A: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float], steps: Steps, flows: Tensor, through: Tensor, tiles: Tiles
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float],
+    steps: Steps,
+    flows: Tensor,
+    through: Tensor,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
     """ddt (B, S, H) in dt's dtype, and dA, dD, ddt_bias as (3, H) in fp32."""
     Bt, S, H = dt.shape
