@@ -242,7 +242,7 @@ def sweep() -> None:
         show("packed dk/dv", tile, partial(backward.launch_key, q, k, v, do, lse, delta, stop, tile), 0)
 
 
-def main() -> None:
+def main() -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare with float64, over odd shapes")
     parser.add_argument("--sweep", action="store_true", help="time every tile worth trying")
@@ -252,10 +252,11 @@ def main() -> None:
         raise SystemExit(not check())
     if options.sweep:
         sweep()
-        return
+        return []
     records = run_cases(case for T in (8192, 32768) for case in cases(T))
     print_table(records, f"attention; floor at {FLOOR_COMPUTE / 1e12:.0f} TFLOP/s")
     print_json(records)
+    return records
 
 
 if __name__ == "__main__":

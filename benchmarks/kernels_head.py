@@ -211,7 +211,7 @@ def sweep(T: int = 8192) -> None:
     print(f"{n} rows, gradient alone: {ms:.3f} ms, {2 * dlogits.nbytes / ms / 1e6:.0f} GB/s")
 
 
-def main() -> None:
+def main() -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare with float64, over odd shapes")
     parser.add_argument("--sweep", action="store_true", help="time chunks, products and row kernels apart")
@@ -221,10 +221,11 @@ def main() -> None:
         raise SystemExit(not check())
     if options.sweep:
         sweep()
-        return
+        return []
     records = run_cases(case for T in (8192, 32768) for case in cases(T))
     print_table(records, "head and cross entropy")
     print_json(records)
+    return records
 
 
 if __name__ == "__main__":

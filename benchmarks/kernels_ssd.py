@@ -14,14 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, print_json, print_table, run_cases
+from benchmarks.measure import Case, mamba, print_json, print_table, run_cases
 from kernels.ssd import ssd, ssd_reference, ssd_step
 
-try:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-except Exception:  # not installed, or its compiled half is missing: timed without it
-    mamba_chunk_scan_combined = None
-
+_peer = mamba("ops.triton.ssd_combined")  # timed without it where there is none
+mamba_chunk_scan_combined = None if _peer is None else _peer.mamba_chunk_scan_combined
 H, P, G, N = 64, 64, 8, 128
 NAMES = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dbias", "dinitial")
 
@@ -239,7 +236,7 @@ def profile() -> None:
         print(f"  {sum(us for us, _, _ in rows):9.1f} us in all")
 
 
-def main() -> None:
+def main() -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="errors against float64 only")
     parser.add_argument("--profile", action="store_true", help="GPU time of each kernel only")
@@ -251,10 +248,11 @@ def main() -> None:
         raise SystemExit(0 if check() else 1)
     if args.profile:
         profile()
-        return
+        return []
     records = [r for T in args.tokens for r in run_cases(cases(T))]
     print_table(records, "SSD")
     print_json(records)
+    return records
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ from kernels.ssd_forward import (
     softplus,
 )
 
-
 # Rows of the flows, (B, chunks, H, FLOWS, Q) in fp32: what the large kernels leave for `_ddt_kernel`.
 FLOWS = tl.constexpr(6)
 DIRECT, NET, ACROSS, SKIP, LEAVE, ENTER = (tl.constexpr(i) for i in range(6))

@@ -181,7 +181,7 @@ def pick_tiles(dtype: torch.dtype, device: torch.device, P: int, N: int) -> Tile
 def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
     """[rows, cols] from row `start` on, zeros from row `end` and from column COLS on.  ptr: row 0."""
     mask = (rows < end - start)[:, None]
-    if COLS < cols.shape[0] or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
+    if cols.shape[0] > COLS or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
         mask = mask & (cols < COLS)[None, :]
     ptr += start.to(tl.int64) * stride
     return tl.load(ptr + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
