@@ -25,8 +25,8 @@ def _same(rows: Config, weights: Config | None = None) -> dict[str, Config]:
     return {"up": rows, "down": rows, "dH": rows, "dX": rows, "dup": weights, "ddown": weights}
 
 
-# The best of 16 to 17 configurations of each product on an H100 (benchmarks/kernels_moe.py --sweep).  Tiles of 256 columns
-# waste 5 % of 2688 and 10 % of 1856, tiles of 192 none and 3 %, and yet the wider ones win where they do not spill.
+# The best of 16 to 17 configurations of each product on an H100 (benchmarks/kernels_moe.py --sweep).  Tiles of 256
+# columns waste 5 % of 2688 and 10 % of 1856, tiles of 192 none and 3 %; the wider ones win where they do not spill.
 HOPPER = {
     "up": Config(128, 256, 64, 8, 4),
     "down": Config(128, 256, 64, 8, 4),

@@ -9,10 +9,11 @@ With dy, and dS_c the gradient of the state that chunk c leaves behind, w_j = ex
     dD    = sum_j x_j . dy_j
     ddt_j = ( sum_i M_ji + w_j x_j dS B_j ) / dt_j + A q_j,   M_ji = (C_i . B_j) G_ji L_ji,   dA = sum_t dt_t q_t
 
-q_t is the gradient of dt_t A: the sum of everything that decays over t, that is of M_ji with j < t <= i, of e_j = w_j x_j dS
-B_j with j < t, of r_i = u_i dy_i S C_i with i >= t, and of keep <dS, S>.  The first is a suffix sum of row sums minus column
-sums of M, which would cancel to noise if the two were not sums over the very same fp32 numbers, or if they held the diagonal
-(often the largest part, and no decay passes over it): here both come from one M with a zero diagonal, in one program.
+q_t is the gradient of dt_t A: the sum of everything that decays over t, that is of M_ji with j < t <= i, of e_j = w_j
+x_j dS B_j with j < t, of r_i = u_i dy_i S C_i with i >= t, and of keep <dS, S>.  The first is a suffix sum of row
+sums minus column sums of M, which would cancel to noise if the two were not sums over the very same fp32 numbers, or
+if they held the diagonal (often the largest part, and no decay passes over it): here both come from one M with a zero
+diagonal, in one program.
 
 Launches: `_prepare_kernel`, `_states_kernel` (S again and dS together), `_dx_kernel` (dx, dCB, what ddt needs of them),
 `_dBC_kernel` (dB, dC, r, keep <dS, S>), `_ddt_kernel`, and one sum over chunks for A, D and dt_bias.
@@ -86,7 +87,7 @@ def _dx_block(
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Rows j: the first or second block of a chunk.  Columns i: the same tokens, and for the first block the second's too."""
+    """Rows j: the first or second block of a chunk.  Columns i: the same tokens, and for the first the second's."""
     Q: tl.constexpr = 2 * R
     half: tl.constexpr = 0 if FIRST else R
     r = tl.arange(0, R)
@@ -124,7 +125,7 @@ def _dx_block(
         p_f = flows_ptr + vector * (FLOWS * Q) + half + r
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
         # Registers are scarce: values are loaded where they are used, sums of M come before the product that needs the
-        # mixing tile, the block to the right before anything else that adds to dx, and its C_i . B_j are made again here.
+        # mixing tile, the block to the right before anything else that adds to dx, and its C B^T is made again here.
         if FIRST:
             before = tl.load(p_v + MIDDLE * Q)
             after = tl.load(p_v + (MIDDLE * Q + R))
@@ -230,13 +231,13 @@ def _dx_kernel(
     idx = idx_ptr + b * idx_batch
     if first:
         _dx_block(
-            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token,
+            x_head, B_token, C_token, True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     else:
         _dx_block(
-            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token,
+            x_head, B_token, C_token, False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
 
 
@@ -438,13 +439,13 @@ def _dBC_kernel(
     dCB = dCB_ptr + (item * groups + g).to(tl.int64) * (4 * R * R)
     if role == 0:
         _dB_block(
-            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token,
+            C_token, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 1:
         _dB_block(
-            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token,
+            C_token, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 2:
         _dC_block(
@@ -555,10 +556,9 @@ def dx_and_dCB(
     flows = torch.empty(Bt, n_chunks, H, FLOWS.value, tiles.Q, device=x.device, dtype=torch.float32)
     _dx_kernel[(2 * G, Bt * n_chunks)](
         x, dy, B, C, D, steps.vectors, dstates, dx, dCB, flows, x if seq_idx is None else seq_idx, S, H, n_chunks,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        0 if seq_idx is None else seq_idx.stride(0),
-        HAS_IDX=seq_idx is not None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G,
-        STAGES=tiles.stages, num_warps=tiles.warps,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
+        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return dx, dCB, flows
 
@@ -584,8 +584,9 @@ def dB_and_dC(
     _dBC_kernel[(5 * G, Bt * n_chunks)](
         x, dy, B, C, *steps, states, dstates, dCB, dB, dC, flows, through,
         S, H, n_chunks,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, num_warps=tiles.warps,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages,
+        num_warps=tiles.warps,
     )  # fmt: skip
     return dB, dC, through
 
@@ -607,7 +608,7 @@ def ddt_and_parameters(
     parts = torch.empty(3, Bt * n_chunks, H, device=dt.device, dtype=torch.float32)
     block = min(16, triton.next_power_of_2(H))
     _ddt_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
-        dt, A, dt_bias, steps.vectors, flows, through, ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1), *dt_limit,
-        CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block, num_warps=4,
+        dt, A, dt_bias, steps.vectors, flows, through, ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1),
+        *dt_limit, CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
     return ddt, parts.sum(1)

@@ -5,15 +5,16 @@ Per head, a_t is the sum of dt A from the chunk's start through token t, S_c the
     y_i     = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) dt_j x_j  +  exp(a_i) S_c C_i  +  D x_i
     S_{c+1} = exp(a_last) S_c + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 
-Three launches.  `_prepare_kernel`: everything that depends on dt alone, one number per token and head each, and the resets
-of packed documents folded into it as zeros.  `_states_kernel`: one program carries a block of one head's state in fp32
-registers through the whole row and leaves S_c behind in x's dtype, so no fp32 state and no partial state touch memory.
-`_scan_kernel`: one program per half chunk and group of heads; C B^T is made once and shared by the group's heads.
-At T tokens x, B, C are read twice, the states written and read once: 47 kB a token at Nemotron 3 Nano's sizes in bf16.
+Three launches.  `_prepare_kernel`: everything that depends on dt alone, one number per token and head each, and the
+resets of packed documents folded into it as zeros.  `_states_kernel`: one program carries a block of one head's state
+in fp32 registers through the whole row and leaves S_c behind in x's dtype, so no fp32 state and no partial state
+touch memory. `_scan_kernel`: one program per half chunk and group of heads; C B^T is made once and shared by the
+group's heads. At T tokens x, B, C are read twice, the states written and read once: 47 kB a token at Nemotron 3
+Nano's sizes in bf16.
 
-A chunk is two blocks of R tokens.  Inside a block the decay between two tokens takes an exponential per pair; from the first
-block to the second it is the product of two factors at most 1, so it takes none.  The diagonal of the masked product and
-D x are added in fp32.  Decays are kept in base 2: the hardware's exponential is.
+A chunk is two blocks of R tokens.  Inside a block the decay between two tokens takes an exponential per pair; from
+the first block to the second it is the product of two factors at most 1, so it takes none.  The diagonal of the
+masked product and D x are added in fp32.  Decays are kept in base 2: the hardware's exponential is.
 """
 
 from typing import NamedTuple
@@ -38,7 +39,7 @@ LARGEST = tl.constexpr(126.0)  # exponents are cut here so that masked-out pairs
 
 @triton.jit
 def softplus(v):
-    """max(v, 0) + log(1 + exp(-|v|)), the logarithm as a series in u / (2 + u): right to 1e-7 relative also for tiny u."""
+    """max(v, 0) + log(1 + exp(-|v|)), the logarithm as a series in u / (2 + u): right to 1e-7 for tiny u too."""
     u = tl.exp(-tl.abs(v))
     s = u / (2.0 + u)  # at most 1/3; log(1 + u) = 2 artanh(s)
     q = s * s
@@ -131,7 +132,7 @@ def _prepare_kernel(
 
 
 class Steps(NamedTuple):
-    """What `prepare` makes of dt, in fp32: per head and chunk side by side, so that a kernel needs one address for them."""
+    """What `prepare` makes of dt, in fp32: per head and chunk side by side, so that one address serves."""
 
     vectors: Tensor  # (B, chunks, H, KINDS, 2 R)
     keep: Tensor  # (B, chunks, H)
@@ -328,7 +329,8 @@ def _scan_block(
 ):
     """The first or second block of a chunk, HEADS heads of one group from h0 on.  Pointers are at the row (and group).
 
-    item: row and chunk as one number.  R rows i; columns j are the same R tokens, and for the second block the first's too.
+    item: row and chunk as one number.  R rows i; columns j are the same R tokens, and for the second block the
+    first's too.
     """
     Q: tl.constexpr = 2 * R
     half: tl.constexpr = R if SECOND else 0
@@ -523,8 +525,9 @@ def carry_states(
     dlast: Tensor | None = None,
     forward: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """States entering each chunk and after the last; with dy (contiguous), also gradients of the state leaving each chunk
-    and of the initial state.  (B, chunks, H, padded P, padded N) in x's dtype, and (B, H, P, N) in fp32; None if not asked.
+    """States entering each chunk and after the last; with dy (contiguous), also gradients of the state leaving each
+    chunk and of the initial state.  (B, chunks, H, padded P, padded N) in x's dtype, and (B, H, P, N) in fp32; None
+    if not asked.
     """
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)
@@ -546,9 +549,9 @@ def carry_states(
     _states_kernel[(Bt * H, (tiles.P // split_p) * (tiles.N // split_n), forward + backward)](
         x, B, initial_state, states, last, dy, C, dlast, dstates, dfirst, *steps,
         S, H, n_chunks, H // G,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        FORWARD=forward, BACKWARD=backward, HAS_FIRST=initial_state is not None, HAS_DLAST=dlast is not None,
-        P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, SPLIT_P=split_p, SPLIT_N=split_n, R=tiles.R,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), FORWARD=forward, BACKWARD=backward, HAS_FIRST=initial_state is not None, HAS_DLAST=dlast is not
+        None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, SPLIT_P=split_p, SPLIT_N=split_n, R=tiles.R,
         STAGES=tiles.stages + 1 if tiles.stages > 1 else 1, num_warps=4,
     )  # fmt: skip
     return states, last, dstates, dfirst
@@ -564,10 +567,9 @@ def scan(
     _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
         x, B, C, D, steps.vectors, states, y, x if seq_idx is None else seq_idx,
         S, H, n_chunks, share,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        0 if seq_idx is None else seq_idx.stride(0),
-        HAS_IDX=seq_idx is not None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, HEADS=heads,
-        STAGES=tiles.stages, num_warps=tiles.warps,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
+        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, HEADS=heads, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return y
 
