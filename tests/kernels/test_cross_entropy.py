@@ -237,5 +237,7 @@ def test_on_the_gpu(poisoned_empty, monkeypatch, own: set[str], dtype: torch.dty
     again = gradients(linear_cross_entropy, *args, dtype, backend="triton")
     for name, a, b, e, t in zip(("losses", "total", "dx", "dweight"), got, again, eager, truth, strict=True):
         assert torch.equal(a, b), name
-        bound = FP32 if dtype == torch.float32 else 2 * relative_error(e, t) + 1e-6
+        # A single token has a single loss, whose error is one rounding of one bf16 logit; luck may make eager's tiny.
+        rounding = 2**-9 if T == 1 else 0.0
+        bound = FP32 if dtype == torch.float32 else 2 * max(relative_error(e, t), rounding) + 1e-6
         assert relative_error(a, t) <= bound, name
