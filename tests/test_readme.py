@@ -1,0 +1,37 @@
+"""The README: paths exist, commands parse, settings are known."""
+
+import re
+
+import pytest
+
+from nano3.cli import parser, resolve
+from nano3.config import UserError
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines() if line]
+
+
+def test_every_path_that_it_links_exists() -> None:
+    paths = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
+        r"`((?:tests|docs|benchmarks|nano3|kernels)/[\w/.]+)`", README
+    )
+    assert len(paths) > 10
+    assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
+def test_every_training_command_is_accepted(command: str) -> None:
+    args = command.split("#")[0].split("train.py", 1)[1].split()
+    try:
+        resolve(parser().parse_args(args))
+    except UserError as error:
+        pytest.fail(f"{command}: {error}")
+
+
+def test_the_two_commands_of_the_first_screen_are_what_ci_runs() -> None:
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert "grep -m1 '^python3 -m venv' README.md" in ci
+    assert "grep -m1 'pytest$' README.md" in ci
+    assert COMMANDS[0].startswith("python3 -m venv")
+    assert COMMANDS[1].endswith("pytest")
