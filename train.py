@@ -44,7 +44,10 @@ def main() -> int:
     try:
         if device_type == "cpu":
             keep_freed_memory()
-        return Trainer(config, name, create_mesh(config, world, rank, local_rank)).run()
+        status = Trainer(config, name, create_mesh(config, world, rank, local_rank)).run()
+        if world > 1:  # leave together: a rank that tears its connections down early can abort the others
+            torch.distributed.barrier()
+        return status
     except (UserError, TrainingError) as error:
         print(f"train.py: error: {f'rank {rank}: ' if world > 1 else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1

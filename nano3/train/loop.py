@@ -144,7 +144,7 @@ class Trainer:
         config, total = self.config, self.config.iterations
         if self.progress.iteration >= total:
             raise UserError(
-                f"checkpoint.load={self.loaded} is at iteration {self.progress.iteration} of {total}: nothing is left; "
+                f"checkpoint.load={self.loaded}: step {self.progress.iteration} of {total}: nothing is left to do; "
                 f"train on with train.train_iters={self.progress.iteration + total}"
             )
         folder = run_folder(config, self.name, self.mesh)

@@ -79,6 +79,6 @@ def test_a_model_too_large_is_refused_with_the_arithmetic(monkeypatch: pytest.Mo
 
 
 def test_the_nearest_preset_is_the_largest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "machine_memory", lambda device: 130 << 30)
-    with pytest.raises(UserError, match="--preset ladder-4b"):
+    monkeypatch.setattr(plan, "machine_memory", lambda device: 45 << 30)
+    with pytest.raises(UserError, match="--preset ladder-1b"):
         check_fits(preset("nano-30b-a3b"), "nano-30b-a3b", 1, "cuda", 1)
