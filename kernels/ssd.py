@@ -8,8 +8,9 @@ chunk of L tokens the scan is a masked matrix product, between chunks only the s
 a packed row begins a new document, wherever in a chunk that is.  Heads h of group g = h // (H / G) share B and C.
 Decay sums, exponentials and states are fp32 (float64 for float64 input) whatever the dtype of x.
 
-The Triton kernels are in `kernels.ssd_forward` and `kernels.ssd_backward`.  They choose their own chunk, which the
-result does not depend on, and keep the inputs for the backward, nothing else: decays and states are made again there.
+The Triton kernels are in `kernels.ssd_steps` (what depends on dt alone), `kernels.ssd_forward` and
+`kernels.ssd_backward`.  They choose their own chunk, which the result does not depend on, and keep the inputs for the
+backward, nothing else: decays and states are made again there.
 """
 
 import torch
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels import ssd_backward, ssd_forward
+    from kernels import ssd_backward, ssd_forward, ssd_steps
 
 
 def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
@@ -132,8 +133,8 @@ class _SSD(torch.autograd.Function):
     def forward(ctx, x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, initial_state):
         x, dt, B, C, seq_idx = map(_aligned, (x, dt, B, C, seq_idx))
         first = None if initial_state is None else initial_state.contiguous()
-        tiles = ssd_forward.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3])
-        steps = ssd_forward.prepare(dt, A, dt_bias, dt_limit, seq_idx, tiles)
+        tiles = ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3])
+        steps = ssd_steps.prepare(dt, A, dt_bias, dt_limit, seq_idx, tiles)
         states, last, _, _ = ssd_forward.carry_states(x, B, C, steps, tiles, first)
         y = ssd_forward.scan(x, B, C, D, steps, states, seq_idx, tiles)
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, seq_idx, first)
@@ -148,20 +149,18 @@ class _SSD(torch.autograd.Function):
         tiles = ctx.tiles
         dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dlast = None if dlast is None else dlast.contiguous()
-        steps = ssd_forward.prepare(dt, A, dt_bias, ctx.dt_limit, seq_idx, tiles)
+        steps = ssd_steps.prepare(dt, A, dt_bias, ctx.dt_limit, seq_idx, tiles)
         states, _, dstates, dfirst = ssd_forward.carry_states(x, B, C, steps, tiles, first, dy, dlast)
         dx, dCB, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles)
         dB, dC, through = ssd_backward.dB_and_dC(x, dy, B, C, dCB, steps, states, dstates, flows, tiles)
-        ddt, (dA, dD, dbias) = ssd_backward.ddt_and_parameters(
-            dt, A, dt_bias, ctx.dt_limit, steps, flows, through, tiles
-        )
+        ddt, (dA, dD, dbias) = ssd_steps.ddt_and_parameters(dt, A, dt_bias, ctx.dt_limit, steps, flows, through, tiles)
         dfirst = None if first is None else dfirst.to(first.dtype)
         return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dbias.to(dt_bias.dtype), None, None, dfirst
 
 
 def _fits_kernel(x: Tensor, B: Tensor, C: Tensor) -> bool:
     """One dtype for the operands of the products, and a state that fits."""
-    return x.dtype == B.dtype == C.dtype and bool(ssd_forward.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3]))
+    return x.dtype == B.dtype == C.dtype and bool(ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3]))
 
 
 def ssd(

@@ -25,32 +25,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ssd_forward import (
+from kernels.ssd_forward import load_rows
+from kernels.ssd_steps import (
+    ACROSS,
     DECAY,
+    DIRECT,
+    ENTER,
+    FLOWS,
     FROM_START,
     KINDS,
     LARGEST,
+    LEAVE,
     MIDDLE,
+    NET,
+    SKIP,
     SOURCE,
     STEP,
     TINY,
     TO_END,
     Steps,
     Tiles,
-    load_rows,
-    softplus,
 )
-
-# Rows of the flows, (B, chunks, H, FLOWS, Q) in fp32: what the large kernels leave for `_ddt_kernel`.
-FLOWS = tl.constexpr(6)
-DIRECT, NET, ACROSS, SKIP, LEAVE, ENTER = (tl.constexpr(i) for i in range(6))
-# DIRECT  gradient of dt_j inside the chunk, decays held fixed
-# NET     row sums minus column sums of M, of the two blocks on the diagonal
-# ACROSS  of the block between them: column sums in the first half of the chunk, row sums in the second
-# SKIP    x_j . dy_j
-# LEAVE   e_j, towards the state
-# ENTER   r_i, from the state
-
 
 # --- dx and dCB ------------------------------------------------------------------------------------------------------
 
@@ -463,77 +458,6 @@ def _dBC_kernel(
         )  # fmt: skip
 
 
-# --- ddt, dA, dD, ddt_bias -------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _ddt_kernel(
-    dt_ptr,
-    A_ptr,
-    bias_ptr,
-    vectors_ptr,
-    flows_ptr,
-    through_ptr,
-    ddt_ptr,
-    parts_ptr,
-    S,
-    H,
-    n_chunks,
-    dt_batch,
-    dt_token,
-    low,
-    high,
-    CLAMP: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """One program: a chunk, BLOCK_H heads.  q (module docstring), then the chain rule through clamp and softplus.
-
-    ddt (B, S, H) contiguous; parts (3, B chunks, H): this chunk's share of dA, dD and ddt_bias.
-    """
-    Q: tl.constexpr = 2 * R
-    item = tl.program_id(0)
-    row = item // n_chunks
-    chunk = item % n_chunks
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    q = tl.arange(0, Q)
-    heads = h < H
-    real = heads[:, None] & (q < S - chunk * Q)[None, :]
-    vector = (item * H + h).to(tl.int64)
-    p_f = flows_ptr + vector[:, None] * (FLOWS * Q) + q[None, :]
-    some = heads[:, None]
-    A = tl.load(A_ptr + h, mask=heads, other=0.0).to(tl.float32)
-    step = tl.load(vectors_ptr + vector[:, None] * (KINDS * Q) + STEP * Q + q[None, :], mask=some, other=0.0)
-    leave = tl.load(p_f + LEAVE * Q, mask=some, other=0.0)
-    skip = tl.load(p_f + SKIP * Q, mask=some, other=0.0)
-    crossing = tl.load(p_f + NET * Q, mask=some, other=0.0) + tl.load(p_f + ENTER * Q, mask=some, other=0.0)
-    across = tl.load(p_f + ACROSS * Q, mask=some, other=0.0)
-    through = tl.load(through_ptr + vector, mask=heads, other=0.0)
-    flow = tl.cumsum(crossing, axis=1, reverse=True) + (tl.cumsum(leave, axis=1) - leave) + through[:, None]
-    from_first = tl.cumsum(across, axis=1) - across
-    to_second = tl.cumsum(across, axis=1, reverse=True)
-    flow += tl.where((q < R)[None, :], from_first, to_second)
-    inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
-    dstep = tl.load(p_f + DIRECT * Q, mask=some, other=0.0) + leave * inverse + A[:, None] * flow
-    at = row.to(tl.int64) * S + chunk * Q
-    p_dt = (
-        dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
-    )
-    raw = tl.load(p_dt, mask=real, other=0.0).to(tl.float32)
-    raw += tl.load(bias_ptr + h, mask=heads, other=0.0).to(tl.float32)[:, None]
-    slope = 1.0 / (1.0 + tl.exp(-raw))  # of softplus
-    if CLAMP:
-        free = softplus(raw)
-        slope = tl.where((free >= low) & (free <= high), slope, 0.0)
-    ddt = tl.where(real, dstep * slope, 0.0)
-    tl.store(ddt_ptr + at * H + q[None, :] * H + h[:, None], ddt, mask=real)
-    part = parts_ptr + item.to(tl.int64) * H + h
-    size = tl.num_programs(0).to(tl.int64) * H
-    tl.store(part, tl.sum(tl.where(real, step * flow, 0.0), axis=1), mask=heads)
-    tl.store(part + size, tl.sum(tl.where(real, skip, 0.0), axis=1), mask=heads)
-    tl.store(part + 2 * size, tl.sum(ddt, axis=1), mask=heads)
-
-
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -589,26 +513,3 @@ def dB_and_dC(
         num_warps=tiles.warps,
     )  # fmt: skip
     return dB, dC, through
-
-
-def ddt_and_parameters(
-    dt: Tensor,
-    A: Tensor,
-    dt_bias: Tensor,
-    dt_limit: tuple[float, float],
-    steps: Steps,
-    flows: Tensor,
-    through: Tensor,
-    tiles: Tiles,
-) -> tuple[Tensor, Tensor]:
-    """ddt (B, S, H) in dt's dtype, and dA, dD, ddt_bias as (3, H) in fp32."""
-    Bt, S, H = dt.shape
-    n_chunks = triton.cdiv(S, tiles.Q)
-    ddt = torch.empty(Bt, S, H, device=dt.device, dtype=dt.dtype)
-    parts = torch.empty(3, Bt * n_chunks, H, device=dt.device, dtype=torch.float32)
-    block = min(16, triton.next_power_of_2(H))
-    _ddt_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
-        dt, A, dt_bias, steps.vectors, flows, through, ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1),
-        *dt_limit, CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block, num_warps=4,
-    )  # fmt: skip
-    return ddt, parts.sum(1)

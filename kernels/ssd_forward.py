@@ -17,165 +17,13 @@ the first block to the second it is the product of two factors at most 1, so it 
 masked product and D x are added in fp32.  Decays are kept in base 2: the hardware's exponential is.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels._common import INTERPRET
-
-LOG2E = tl.constexpr(1.4426950408889634)
-TINY = tl.constexpr(1e-37)  # below this a step counts as zero: its logarithm stays finite
-# Rows of `Steps.vectors`, described in `_prepare_kernel`.
-KINDS = tl.constexpr(6)
-STEP, DECAY, SOURCE, TO_END, FROM_START, MIDDLE = (tl.constexpr(i) for i in range(6))
-LARGEST = tl.constexpr(126.0)  # exponents are cut here so that masked-out pairs give 0 * finite, not 0 * inf
-
-
-# --- what depends on dt alone ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def softplus(v):
-    """max(v, 0) + log(1 + exp(-|v|)), the logarithm as a series in u / (2 + u): right to 1e-7 for tiny u too."""
-    u = tl.exp(-tl.abs(v))
-    s = u / (2.0 + u)  # at most 1/3; log(1 + u) = 2 artanh(s)
-    q = s * s
-    p = 1.0 / 13.0 + q * (1.0 / 15.0)
-    p = 1.0 / 11.0 + q * p
-    p = 1.0 / 9.0 + q * p
-    p = 1.0 / 7.0 + q * p
-    p = 1.0 / 5.0 + q * p
-    p = 1.0 / 3.0 + q * p
-    return tl.maximum(v, 0.0) + 2.0 * s * (1.0 + q * p)
-
-
-@triton.jit
-def _prepare_kernel(
-    dt_ptr,
-    A_ptr,
-    bias_ptr,
-    idx_ptr,
-    vectors_ptr,
-    keep_ptr,
-    S,
-    H,
-    n_chunks,
-    dt_batch,
-    dt_token,
-    idx_batch,
-    low,
-    high,
-    CLAMP: tl.constexpr,
-    HAS_IDX: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """One program: a chunk of Q = 2 R tokens, BLOCK_H heads.  dt (B, S, H) strided; vectors (B, chunks, H, KINDS, Q).
-
-    step        dt after bias, softplus and clamp; 0 past the end of the row, which makes those tokens no-ops
-    decay       a_t / ln 2
-    source      (a_t - ln dt_t) / ln 2: 2^(decay_i - source_j) = exp(a_i - a_j) dt_j
-    to_end      exp(a_last - a_t) dt_t, 0 if t is not of the chunk's last document
-    from_start  exp(a_t), 0 if t is not of the document that enters the chunk
-    middle      first block: exp(a_m - a_t) dt_t with m its last token; second block: exp(a_t - a_m)
-    keep        exp(a_last), 0 if the chunk holds a document's start
-    """
-    Q: tl.constexpr = 2 * R
-    row = tl.program_id(0) // n_chunks
-    chunk = tl.program_id(0) % n_chunks
-    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    q = tl.arange(0, Q)
-    t = chunk * Q + q
-    heads = h < H
-    inside = heads[:, None] & (t < S)[None, :]  # [BLOCK_H, Q]
-    p_dt = (
-        dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
-    )
-    dt = tl.load(p_dt, mask=inside, other=0.0).to(tl.float32)
-    A = tl.load(A_ptr + h, mask=heads, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + h, mask=heads, other=0.0).to(tl.float32)
-    dt = softplus(dt + bias[:, None])
-    if CLAMP:
-        dt = tl.minimum(tl.maximum(dt, low), high)
-    dt = tl.where(inside, dt, 0.0)
-    a = tl.cumsum(dt * (A * LOG2E)[:, None], axis=1)
-    a_last = tl.sum(tl.where((q == Q - 1)[None, :], a, 0.0), axis=1)
-    a_middle = tl.sum(tl.where((q == R - 1)[None, :], a, 0.0), axis=1)
-    to_end = tl.exp2(a_last[:, None] - a) * dt
-    from_start = tl.exp2(a)
-    first = (q < R)[None, :]
-    gap = tl.where(first, a_middle[:, None] - a, a - a_middle[:, None])
-    middle = tl.exp2(gap) * tl.where(first, dt, 1.0)
-    keep = tl.exp2(a_last)
-    if HAS_IDX:
-        p_idx = idx_ptr + row.to(tl.int64) * idx_batch
-        idx = tl.load(p_idx + t, mask=t < S, other=-1)
-        last = tl.load(p_idx + tl.minimum(chunk * Q + Q, S) - 1)
-        before = tl.load(
-            p_idx + tl.maximum(chunk * Q - 1, 0)
-        )  # the initial state belongs to the first token's document
-        to_end = tl.where((idx == last)[None, :], to_end, 0.0)
-        from_start = tl.where((idx == before)[None, :], from_start, 0.0)
-        keep = tl.where(last == before, keep, 0.0)
-    vector = (tl.program_id(0) * H + h).to(tl.int64)  # (row, chunk, head)
-    out = vectors_ptr + vector[:, None] * (KINDS * Q) + q[None, :]
-    tl.store(out + STEP * Q, dt, mask=heads[:, None])
-    tl.store(out + DECAY * Q, a, mask=heads[:, None])
-    tl.store(out + SOURCE * Q, a - tl.log2(tl.maximum(dt, TINY)), mask=heads[:, None])
-    tl.store(out + TO_END * Q, to_end, mask=heads[:, None])
-    tl.store(out + FROM_START * Q, from_start, mask=heads[:, None])
-    tl.store(out + MIDDLE * Q, middle, mask=heads[:, None])
-    tl.store(keep_ptr + vector, keep, mask=heads)
-
-
-class Steps(NamedTuple):
-    """What `prepare` makes of dt, in fp32: per head and chunk side by side, so that one address serves."""
-
-    vectors: Tensor  # (B, chunks, H, KINDS, 2 R)
-    keep: Tensor  # (B, chunks, H)
-
-
-# --- tiles -----------------------------------------------------------------------------------------------------------
-
-
-class Tiles(NamedTuple):
-    """Sizes that the kernels are built for.  R: tokens of a block, half a chunk.  P, N: the padded state."""
-
-    R: int
-    P: int
-    N: int
-    warps: int
-    stages: int  # loads in flight in the loops over heads
-
-    @property
-    def Q(self) -> int:
-        return 2 * self.R
-
-
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take."""
-    if device.type != "cuda":
-        return 1 << 30
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-
-
-def pick_tiles(dtype: torch.dtype, device: torch.device, P: int, N: int) -> Tiles | None:
-    """None if the state is too large for these kernels."""
-    BP, BN = (max(16, triton.next_power_of_2(n)) for n in (P, N))
-    if BP > 128 or BN > 256:
-        return None
-    small = BP <= 64 and BN <= 128
-    if INTERPRET:
-        return Tiles(16, BP, BN, 4, 1)
-    if dtype == torch.float32:  # for checking and small models: exact products, no tensor cores
-        return Tiles(32 if small else 16, BP, BN, 4, 1)
-    room = shared_memory(device)
-    if small and room >= 160_000:  # A100, H100, B200
-        return Tiles(64, BP, BN, 4, 2)
-    return Tiles(32, BP, BN, 4, 1 if room < 120_000 or not small else 2)
+from kernels.ssd_steps import DECAY, FROM_START, KINDS, LARGEST, MIDDLE, SOURCE, STEP, TO_END, Steps, Tiles, softplus
 
 
 @triton.jit
@@ -494,24 +342,6 @@ def _step_kernel(
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
-
-
-def prepare(
-    dt: Tensor, A: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float], seq_idx: Tensor | None, tiles: Tiles
-) -> Steps:
-    """dt: (B, S, H), any strides with the last 1."""
-    Bt, S, H = dt.shape
-    n_chunks = triton.cdiv(S, tiles.Q)
-    vectors = torch.empty(Bt, n_chunks, H, KINDS.value, tiles.Q, device=dt.device, dtype=torch.float32)
-    steps = Steps(vectors, torch.empty(Bt, n_chunks, H, device=dt.device, dtype=torch.float32))
-    block = min(16, triton.next_power_of_2(H))
-    _prepare_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
-        dt, A, dt_bias, dt if seq_idx is None else seq_idx, *steps, S, H, n_chunks,
-        dt.stride(0), dt.stride(1), 0 if seq_idx is None else seq_idx.stride(0), *dt_limit,
-        CLAMP=dt_limit != (0.0, torch.inf), HAS_IDX=seq_idx is not None, R=tiles.R, BLOCK_H=block,
-        num_warps=4,
-    )  # fmt: skip
-    return steps
 
 
 def carry_states(
