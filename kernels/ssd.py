@@ -74,7 +74,7 @@ def ssd_reference(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `ssd`.  Letters: b batch, c chunk, i j tokens of a chunk, g group, r head of the group, p n as P N."""
     dtype, acc, S = x.dtype, accumulate_dtype(x), x.shape[1]
-    G, N = B.shape[2:]
+    G = B.shape[2]
     L = min(chunk, S)
     x, A, B, C, D = (t.to(acc) for t in (x, A, B, C, D))
     dt = time_steps(dt, dt_bias, dt_limit).to(acc)
@@ -87,7 +87,7 @@ def ssd_reference(
     Bc, Cc = (m.unflatten(1, (-1, L)).transpose(2, 3) for m in (B, C))  # (b, c, g, j, n)
     decay = (dtc * A.view(G, grouped, 1)).cumsum(-1)  # log of the decay from the chunk's start through token j
     last = decay[..., -1:]
-    to_end = (last - decay).exp() * dtc  # from token j to the chunk's end
+    to_end = (last - decay).exp()  # from token j to the chunk's end
     from_start = decay.exp()
     visible = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
     keep = last.exp()  # what a whole chunk leaves of the state before it
@@ -104,11 +104,12 @@ def ssd_reference(
         keep = keep * (idx[..., -1] == before)[:, :, None, None, None]
     # inside the chunk: y_i += sum_{j <= i} (C_i . B_j) exp(decay_i - decay_j) dt_j x_j
     xs = xc.permute(0, 1, 3, 4, 2, 5)  # (b, c, g, r, j, p)
+    stepped = xs * dtc.unsqueeze(-1)  # dt_j x_j
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~visible, -torch.inf).exp()
-    mixing = (Cc @ Bc.mT).unsqueeze(3) * between * dtc.unsqueeze(-2)  # (b, c, g, r, i, j)
-    y = mixing @ xs
+    mixing = (Cc @ Bc.mT).unsqueeze(3) * between  # (b, c, g, r, i, j)
+    y = mixing @ stepped
     # what each chunk adds to the state, (b, c, g, r, p, n); then the states pass from chunk to chunk
-    added = (xs * to_end.unsqueeze(-1)).mT @ Bc.unsqueeze(3)
+    added = (stepped * to_end.unsqueeze(-1)).mT @ Bc.unsqueeze(3)
     state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state.to(acc).unflatten(1, (G, grouped))
     entering = []
     for c in range(added.shape[1]):
