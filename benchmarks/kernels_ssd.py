@@ -1,8 +1,8 @@
 """SSD at Nemotron 3 Nano's sizes: ours, mamba-ssm's Triton kernels where importable, eager PyTorch, and the floor.
 
-    python -m benchmarks.kernels_ssd                     T = 8192 and 32768, bf16; ends with one line of JSON
-    python -m benchmarks.kernels_ssd --check             errors against float64 only, one line per case
-    python -m benchmarks.kernels_ssd --profile           GPU time of each kernel, T = 8192
+python -m benchmarks.kernels_ssd                     T = 8192 and 32768, bf16; ends with one line of JSON
+python -m benchmarks.kernels_ssd --check             errors against float64 only, one line per case
+python -m benchmarks.kernels_ssd --profile           GPU time of each kernel, T = 8192
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, print_json, print_table, run_cases
+from benchmarks.measure import Case, mamba, print_json, print_table, run_cases
 from kernels.ssd import ssd, ssd_reference, ssd_step
 
-try:
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-except Exception:  # not installed, or its compiled half is missing: timed without it
-    mamba_chunk_scan_combined = None
-
+_peer = mamba("ops.triton.ssd_combined")  # timed without it where there is none
+mamba_chunk_scan_combined = None if _peer is None else _peer.mamba_chunk_scan_combined
 H, P, G, N = 64, 64, 8, 128
 NAMES = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dbias", "dinitial")
 
@@ -41,11 +38,8 @@ class Draw:
         wide = torch.promote_types(dtype, torch.float32)
         initial = None if self.initial is None else self.initial.detach().to(wide).requires_grad_()
         x, dt, A, B, C, D, bias = (t.detach() for t in self.arguments)
-        if dtype == x.dtype:
-            leaves = [x, dt, A, B, C, D, bias]
-        else:
-            leaves = [t.to(dtype) for t in (x, dt, A, B, C, D, bias)]
-        leaves = [t.detach().requires_grad_() for t in leaves]
+        same = dtype == x.dtype  # A, D and the bias stay fp32 beside bf16
+        leaves = [(t if same else t.to(dtype)).detach().requires_grad_() for t in (x, dt, A, B, C, D, bias)]
         return Draw(leaves, initial, self.idx, self.dy.to(dtype), self.dlast.to(wide))
 
     def outputs(self, f: Callable) -> tuple[Tensor, Tensor]:
@@ -59,7 +53,13 @@ class Draw:
 
 
 def draw(
-    S: int, dtype: torch.dtype = torch.bfloat16, heads: int = H, groups: int = G, batch: int = 1, packed=False, initial=True
+    S: int,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: int = H,
+    groups: int = G,
+    batch: int = 1,
+    packed=False,
+    initial=True,
 ) -> Draw:
     """Steps dt of 0.001 to 0.1 and A of -1 to -16, as Mamba-2 is initialised; B, C and x normal."""
 
@@ -100,10 +100,12 @@ def error(got: Tensor, truth: Tensor) -> float:
 
 
 def compare(d: Draw) -> tuple[str, bool]:
-    """Errors against float64 of ours, of eager PyTorch in the same dtype and of mamba-ssm, in units of 1e-3, and the verdict.
+    """Errors against float64 of ours, of eager PyTorch in the same dtype and of mamba-ssm, in units of 1e-3, and the
+    verdict.
 
     fp32: within 1e-5, or no further than eager.  Else twice the worse of eager's error and of rounding the truth to the
-    dtype once (eager returns the final state, computed in fp32 throughout, unrounded); and mamba-ssm at most 10 % nearer.
+    dtype once (eager returns the final state, computed in fp32 throughout, unrounded); and mamba-ssm at most 10 %
+    nearer.
     """
     dtype = d.arguments[0].dtype
     ours, eager = d.to(dtype).run(ssd), d.to(dtype).run(ssd_reference)
@@ -233,7 +235,7 @@ def profile() -> None:
         print(f"  {sum(us for us, _, _ in rows):9.1f} us in all")
 
 
-def main() -> None:
+def main() -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="errors against float64 only")
     parser.add_argument("--profile", action="store_true", help="GPU time of each kernel only")
@@ -245,10 +247,11 @@ def main() -> None:
         raise SystemExit(0 if check() else 1)
     if args.profile:
         profile()
-        return
+        return []
     records = [r for T in args.tokens for r in run_cases(cases(T))]
     print_table(records, "SSD")
     print_json(records)
+    return records
 
 
 if __name__ == "__main__":

@@ -7,15 +7,21 @@ returns one record per case: {op, shape, dtype, ms, GB/s or TFLOP/s, floor, peer
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import os
 import statistics
 import subprocess
+import sys
 import time
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+from torch import Tensor
 
 FLOOR_BANDWIDTH = 3.0e12  # bytes/s and FLOP/s (dense bf16) that an H100 SXM is measured to reach
 FLOOR_COMPUTE = 798e12
@@ -24,7 +30,7 @@ _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU so far (H100: 50 MB)
 
 @dataclass
 class Case:
-    """One operator in one direction at one shape.  `bytes` and `flops`: the least that any implementation must move and do."""
+    """One operator in one direction at one shape.  `bytes`, `flops`: the least anyone moves and does."""
 
     op: str  # "rms_norm forward"
     shape: str  # "T=32768 D=2688"
@@ -33,7 +39,7 @@ class Case:
     bytes: float = 0.0
     flops: float = 0.0
     dtype: str = "bf16"
-    check: Callable[[], None] | None = None  # raises AssertionError if `ours` is wrong
+    check: Callable[[], object] | None = None  # raises AssertionError if `ours` is wrong
     aim: str = ""  # what it should reach, for the reader of the table
 
 
@@ -45,8 +51,8 @@ def _flush_buffer() -> torch.Tensor:
 def gpu_ms(fn: Callable[[], object], repetitions: int = 25, budget_s: float = 1.0) -> float:
     """Median GPU time of `fn` in ms, with the L2 cache flushed before each repetition.
 
-    The GPU is kept busy (a spin kernel) while the host queues the work, so launches cost nothing unless `fn` waits for the
-    GPU itself; what is left is the time the kernels take back to back.
+    The GPU is kept busy (a spin kernel) while the host queues the work, so launches cost nothing unless `fn` waits for
+    the GPU itself; what is left is the time the kernels take back to back.
     """
     flush = _flush_buffer()
     fn()  # compile, allocate
@@ -83,6 +89,49 @@ def host_ms(fn: Callable[[], object], repetitions: int = 25) -> float:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times)
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """|got - truth| / |truth| in the Euclidean norm; infinity if `got` holds NaN or infinity."""
+    if not torch.isfinite(got).all():
+        return float("inf")
+    return ((got.double() - truth).norm() / truth.double().norm().clamp_min(1e-300)).item()
+
+
+def accuracy(ours: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor]) -> str:
+    """Errors of `ours` and of `eager` PyTorch in the same dtype against float64 `truth`, as text, name by name.
+
+    Raises AssertionError where ours is above 1e-5 (fp32), or above twice eager plus 16 fp32 roundings (narrower).
+    """
+    lines, wrong = [], False
+    for name, t in truth.items():
+        error, budget = relative_error(ours[name], t), relative_error(eager[name], t)
+        limit = 1e-5 if ours[name].dtype == torch.float32 else 2 * budget + 16 * torch.finfo(torch.float32).eps
+        wrong |= not error <= limit
+        lines.append(f"{name} {error:.1e} (eager {budget:.1e})" + ("" if error <= limit else " WRONG"))
+    if wrong:
+        raise AssertionError(", ".join(lines))
+    return ", ".join(lines)
+
+
+@cache
+def mamba(module: str) -> types.ModuleType | None:
+    """mamba_ssm.<module>, installed or from the source folder named by $MAMBA_SSM; None where there is neither.
+
+    The package's own __init__ is not run: it imports compiled extensions that its Triton files do not need.
+    """
+    try:
+        if "mamba_ssm" not in sys.modules:
+            spec = importlib.util.find_spec("mamba_ssm")
+            folder = os.environ.get("MAMBA_SSM") or (spec and spec.submodule_search_locations[0])
+            if not folder:
+                return None
+            package = types.ModuleType("mamba_ssm")
+            package.__path__ = [folder]
+            sys.modules["mamba_ssm"] = package
+        return importlib.import_module(f"mamba_ssm.{module}")
+    except ImportError:
+        return None
 
 
 @cache

@@ -20,14 +20,15 @@ def accumulate_dtype(x: Tensor) -> torch.dtype:
 def use_triton(x: Tensor, backend: str = "auto") -> bool:
     """Whether an operator on `x` runs its Triton kernel.
 
-    auto: on a CUDA tensor of at most 32 bits a number, and under TRITON_INTERPRET=1; PyTorch otherwise.  Raises ValueError
-    on an unknown backend, or if "triton" is asked for where it cannot run.
+    auto: on a CUDA tensor of at most 32 bits a number, and under TRITON_INTERPRET=1; PyTorch otherwise.  Raises
+    ValueError on an unknown backend, or if "triton" is asked for where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known; choose from {', '.join(BACKENDS)}")
     able = triton is not None and (x.is_cuda or INTERPRET) and x.dtype != torch.float64
     if backend == "triton" and not able:
         raise ValueError(
-            f"backend='triton' needs triton, a CUDA tensor (or TRITON_INTERPRET=1) and at most fp32; got {x.dtype} on {x.device}"
+            f"backend='triton' needs triton and a CUDA tensor of at most fp32 (or TRITON_INTERPRET=1); got {x.dtype} "
+            f"on {x.device}"
         )
     return able and backend != "torch"

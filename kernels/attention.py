@@ -1,10 +1,33 @@
-"""Causal grouped-query attention: softmax(q k^T / sqrt(d)) v, query head j reading key-value head j // (Hq / Hkv)."""
+"""Causal grouped-query attention: softmax(q k^T / sqrt(d)) v, query head j reading key-value head j // (Hq / Hkv).
+
+Our kernels (`kernels.attention_forward`, `kernels.attention_backward`) never hold the scores, skip keys ahead of the
+query and, in packed rows, keys of other documents; for the backward pass they keep q, k, v, the output and one fp32
+number a query and head.  PyTorch's scaled_dot_product_attention does the plain causal square as well, through cuDNN
+where it can.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels._common import accumulate_dtype
+from kernels._common import accumulate_dtype, triton, use_triton
+
+if triton is not None:
+    from kernels.attention_backward import launch_key, launch_query
+    from kernels.attention_forward import describable, launch_decode, launch_forward
+
+# What "auto" means for the plain causal square on a CUDA device, the case that cuDNN is made for.  Measured there, see
+# benchmarks/kernels_attention.py.  Packed rows, a cache and single queries are always ours: elsewhere they cost a
+# dense mask.
+AUTO_ON_CUDA = "torch"
+
+TORCH_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attention_mask(q_len: int, kv_len: int, seq_idx: Tensor | None, device: torch.device) -> Tensor:
@@ -29,24 +52,84 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None 
     return torch.einsum("bhij,bjhd->bihd", weights, v)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> Tensor:
+    Sq, Skv = q.shape[1], k.shape[1]
+    plain = seq_idx is None and Sq in (1, Skv)  # one query sees all keys; as many queries as keys is the causal square
+    mask = None if plain else attention_mask(Sq, Skv, seq_idx, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    causal = plain and Sq == Skv and Sq > 1
+    if q.device.type == "cpu":  # its fast path has no grouped heads
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal).transpose(1, 2)
+    with sdpa_kernel(TORCH_ORDER, set_priority=True):
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return y.transpose(1, 2)
+
+
+def document_starts(seq_idx: Tensor) -> Tensor:
+    """seq_idx (B, S), non-decreasing -> (B, S) int32, the first position of each token's document."""
+    return torch.searchsorted(seq_idx, seq_idx, out_int32=True)
+
+
+def document_stops(seq_idx: Tensor) -> Tensor:
+    """seq_idx (B, S), non-decreasing -> (B, S) int32, one past the last position of each token's document."""
+    return torch.searchsorted(seq_idx, seq_idx, out_int32=True, right=True)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> Tensor:
+        start = None if seq_idx is None else document_starts(seq_idx)
+        o, lse = launch_forward(q, k, v, start)
+        ctx.save_for_backward(q, k, v, o, lse, seq_idx, start)
+        return o
+
+    @staticmethod
+    def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, lse, seq_idx, start = ctx.saved_tensors
+        do = do if describable(do) else do.contiguous()
+        dq, delta = launch_query(q, k, v, o, do, lse, start)
+        stop = None if seq_idx is None else document_stops(seq_idx)
+        dk, dv = launch_key(q, k, v, do, lse, delta, stop)
+        return dq, dk, dv, None
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None, backend: str) -> str:
+    """The backend that runs: "triton" or "torch"."""
+    if not use_triton(q, backend):
+        return "torch"
+    fits = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # Tiles are as wide as the next power of two, and the copy engine wants rows in multiples of 16 bytes.
+    fits = fits and q.shape[-1] <= 128 and q.shape[-1] * q.element_size() % 16 == 0
+    fits = fits and 0 < q.shape[1] <= k.shape[1] and q.shape[0] > 0
+    if not fits:
+        return "torch"
+    if backend == "auto" and q.is_cuda and seq_idx is None and q.shape[1] == k.shape[1] > 1:
+        return AUTO_ON_CUDA
+    return "triton"
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, backend: str = "auto") -> Tensor:
     """q: (B, Sq, Hq, d); k, v: (B, Skv, Hkv, d); returns (B, Sq, Hq, d) in q's dtype.
 
-    The queries are the last Sq of the Skv positions (a cached prefill or a decoding step has Sq < Skv).  seq_idx: (B, S),
-    the document of each token of a packed row; it needs Sq == Skv.  Softmax in fp32.  This is PyTorch's own
-    scaled_dot_product_attention, which `attention_reference` spells out.
-    Raises ValueError if Hq is not a multiple of Hkv, or seq_idx comes with a cache.
+    The queries are the last Sq of the Skv positions (cached prefill and decoding have Sq < Skv).  seq_idx: (B, S)
+    integers that never decrease along a row, the document of each token of a packed row; it needs Sq == Skv.  Softmax
+    in fp32.  Gradients for q, k and v are sums in a fixed order: two runs agree to the bit.
+    backend: "triton" is our kernels, "torch" PyTorch's scaled_dot_product_attention (cuDNN first), "auto" the faster
+    of the two.  What ours do not cover (d > 128, rows that are no multiple of 16 bytes, float64) runs in PyTorch.
+    Raises ValueError if Hq is not a multiple of Hkv, seq_idx comes with a cache, or the backend is unknown.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads")
     if seq_idx is not None and q.shape[1] != k.shape[1]:
         raise ValueError("attention: seq_idx needs as many queries as keys")
-    Sq, Skv = q.shape[1], k.shape[1]
-    plain = seq_idx is None and Sq in (1, Skv)  # one query sees all keys; as many queries as keys is the causal square
-    mask = None if plain else attention_mask(Sq, Skv, seq_idx, q.device)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    if q.device.type == "cpu":  # its fast path has no grouped heads
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    causal = plain and Sq == Skv and Sq > 1
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-    return y.transpose(1, 2)
+    if _chosen(q, k, v, seq_idx, backend) == "torch":
+        return _torch_attention(q, k, v, seq_idx)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if q.shape[1] == 1 and not wants_gradient:
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+        return launch_decode(q, k, v)
+    q, k, v = (t if describable(t) else t.contiguous() for t in (q, k, v))
+    return _Attention.apply(q, k, v, None if seq_idx is None else seq_idx.contiguous())

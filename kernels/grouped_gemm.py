@@ -1,14 +1,28 @@
 """The routed experts: y_t = sum_k w_tk * down_e relu(up_e x_t)^2,  e = experts_tk.
 
 Rows are ordered by expert, each expert multiplies its slice, and each token gathers its K results back: no capacity, no
-dropped token, no atomics, so equal inputs give equal bits.  Suffixes: T tokens, K chosen, R = T * K rows, D, F, E.
+dropped token, no atomics, so equal inputs give equal bits.  On a GPU the order is only ever a table of integers
+(permute.py): the products read the rows of x where they lie, and nothing is asked of the host.
+
+The kernels save one tensor, hs = w relu(z)^2 with z = up_e x: it is what the down projection reads, what its weight
+gradient reads, and it contains relu(z) = sqrt(hs / w).  So a row costs F elements instead of the 2 F of z and its
+square (and the 2 D of its gathered input and output).  Gathering inside the products and forming dw in the epilogue of
+dH are SonicMoE's ideas (arXiv:2512.14080); the square root is possible because relu^2 can be inverted.
+
+Suffixes: T tokens, K chosen, R = T * K rows, D width, F expert hidden width, E experts.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import accumulate_dtype
+from kernels._common import accumulate_dtype, triton, use_triton
+
+if triton is not None:
+    from kernels.grouped_gemm_configs import aligned, choose_configs
+    from kernels.grouped_gemm_rows import down_rows, down_rows_backward, up_rows, up_rows_backward
+    from kernels.grouped_gemm_weights import weight_gradient
+    from kernels.permute import Tiles, plan_rows, sum_rows, tiles_from_counts, zero_tail
 
 
 def experts_reference(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -60,18 +74,170 @@ def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
     return order, place.view_as(experts_TK)
 
 
-def experts(x: Tensor, weights: Tensor, experts_TK: Tensor, counts: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _mlp_torch(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Each expert on its slice of the rows; rows past the last expert's give zeros.  Reads `counts` on the host."""
+    sizes = counts_E.tolist()
+    rest = rows_RD.shape[0] - sum(sizes)
+    scale = weights_R.unsqueeze(-1)
+    out = []
+    for xe, we, up_e, down_e in zip(
+        rows_RD.split([*sizes, rest])[:-1],
+        scale.split([*sizes, rest])[:-1],
+        up_EFD.unbind(0),
+        down_EDF.unbind(0),
+        strict=True,
+    ):
+        hidden = F.linear(xe, up_e).relu()
+        out.append(F.linear((hidden * hidden * we).to(rows_RD.dtype), down_e))
+    return torch.cat([*out, rows_RD.new_zeros(rest, down_EDF.shape[1])])
+
+
+class _Experts(torch.autograd.Function):
+    """The whole block.  order and place None: x is rows in expert order, one weight each, and so is the result."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # (T, D), or (R, D)
+        weights: Tensor,  # (T, K), or (R,)
+        up: Tensor,
+        down: Tensor,
+        order: Tensor | None,
+        place: Tensor | None,
+        tiles: "Tiles",
+        grads: tuple[Tensor | None, Tensor | None],
+    ) -> Tensor:
+        top_k = 1 if place is None else place.shape[1]
+        configs = choose_configs(x, up, down)
+        hs = up_rows(x, weights, up, tiles, order, top_k, configs["up"])  # (R, F)
+        rows = down_rows(hs, down, tiles, configs["down"])  # (R, D)
+        if place is None:
+            zero_tail(hs, tiles, tiles.block)
+            zero_tail(rows, tiles)
+        ctx.save_for_backward(x, weights, up, down, order, place, hs, *tiles[:3])
+        ctx.block, ctx.top_k, ctx.configs, ctx.grads = tiles.block, top_k, configs, grads
+        return rows if place is None else sum_rows(rows, place)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, up, down, order, place, hs, *tables = ctx.saved_tensors
+        tiles = Tiles(*tables, ctx.block)
+        need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
+        (up_grad, down_grad), configs = ctx.grads, ctx.configs
+        dx = dweights = dup = ddown = None
+        dy = dy.contiguous()
+        if need_x or need_weights or need_up:
+            dz, dweights = down_rows_backward(dy, weights, hs, down, tiles, order, place, configs["dH"])
+            if place is None:
+                zero_tail(dz, tiles, tiles.block)
+            if need_x:
+                dx = up_rows_backward(dz, up, tiles, configs["dX"])
+                if place is None:
+                    zero_tail(dx, tiles)
+                else:
+                    dx = sum_rows(dx, place)
+            if need_up:
+                dup = weight_gradient(x, dz, tiles, order, ctx.top_k, False, configs["dup"], up_grad)
+        if need_down:
+            ddown = weight_gradient(dy, hs, tiles, order, ctx.top_k, True, configs["ddown"], down_grad)
+        return (
+            dx,
+            dweights if need_weights else None,
+            None if up_grad is not None else dup,
+            None if down_grad is not None else ddown,
+            *(None,) * 4,
+        )
+
+
+def _check(x: Tensor, up: Tensor, down: Tensor, grads: tuple[Tensor | None, Tensor | None]) -> None:
+    E, F_, D = up.shape
+    if x.ndim != 2 or x.shape[1] != D or down.shape != (E, D, F_):
+        raise ValueError(f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit together")
+    for grad, weight in zip(grads, (up, down), strict=True):
+        if grad is not None and (grad.shape != weight.shape or not grad.is_contiguous()):
+            raise ValueError(f"a gradient buffer must be contiguous and of shape {tuple(weight.shape)}")
+
+
+def _on_triton(x: Tensor, up: Tensor, down: Tensor, rows: int, backend: str) -> bool:
+    """The kernels want one dtype for all operands and at least one row; otherwise PyTorch goes by its own rules."""
+    return use_triton(x, backend) and x.dtype == up.dtype == down.dtype and rows > 0
+
+
+class _AddGrad(torch.autograd.Function):
+    """The identity on a weight, whose gradient goes into a buffer: what the kernels do in their epilogue."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, buffer: Tensor) -> Tensor:
+        ctx.buffer = buffer
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:
+        ctx.buffer += grad
+        return None, None
+
+
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    experts_TK: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    backend: str = "auto",
+    *,
+    up_grad: Tensor | None = None,
+    down_grad: Tensor | None = None,
+) -> Tensor:
     """x: (T, D); weights: (T, K) fp32; experts_TK: (T, K); counts: (E,); up: (E, F, D); down: (E, D, F) -> (T, D).
 
     Experts without rows cost nothing and get a zero gradient.  The routing weight multiplies the activation, before the
-    down projection, as Megatron does; the K rows of a token are summed in fp32.  Reads `counts` on the host.
+    down projection, as Megatron does; the K rows of a token are summed in fp32.
+
+    up_grad, down_grad: contiguous buffers of the weights' shape, fp32 or the weights' dtype, to which backward adds the
+    weight gradients; autograd then gets none for that weight.
+
+    The kernels find the counts themselves and read nothing on the host; the PyTorch path reads `counts` there.  The
+    kernels give a routing weight of exactly 0 the gradient 0, since hs = 0 no longer has the activation (a sigmoid that
+    underflows to 0 has derivative 0 anyway).
     """
+    _check(x, up, down, (up_grad, down_grad))
+    if _on_triton(x, up, down, experts_TK.numel(), backend):
+        x, weights, up, down = _readable(x), weights.contiguous(), up.contiguous(), down.contiguous()
+        order, place, tiles = plan_rows(experts_TK, up.shape[0], choose_configs(x, up, down)["up"].block_m)
+        return _Experts.apply(x, weights, up, down, order, place, tiles, (up_grad, down_grad))
+    up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
     order, place = sort_by_expert(experts_TK)
     rows = _Gather.apply(x, order, place)
-    scale = weights.flatten()[order].unsqueeze(-1)
-    sizes = counts.tolist()
-    out = []
-    for xe, we, up_e, down_e in zip(rows.split(sizes), scale.split(sizes), up.unbind(0), down.unbind(0), strict=True):
-        hidden = F.linear(xe, up_e).relu()
-        out.append(F.linear((hidden * hidden * we).to(x.dtype), down_e))
-    return _Combine.apply(torch.cat(out), order, place)
+    return _Combine.apply(_mlp_torch(rows, weights.flatten()[order], counts, up, down), order, place)
+
+
+def grouped_mlp(
+    rows: Tensor,
+    row_weights: Tensor,
+    counts: Tensor,
+    up: Tensor,
+    down: Tensor,
+    backend: str = "auto",
+    *,
+    up_grad: Tensor | None = None,
+    down_grad: Tensor | None = None,
+) -> Tensor:
+    """The experts on rows that are in expert order already: what a rank computes after tokens were dispatched to it.
+
+    rows: (R, D), those of expert 0 first; row_weights: (R,) fp32; counts: (E,) on the device, summing to at most R.
+    Rows beyond that sum may hold anything: their results and gradients are zero.  Returns (R, D), not yet summed over
+    a token's K rows.  Gradient buffers, and what is read on the host, are as for `experts`.
+    """
+    _check(rows, up, down, (up_grad, down_grad))
+    if _on_triton(rows, up, down, rows.shape[0], backend):
+        rows, row_weights, up, down = _readable(rows), row_weights.contiguous(), up.contiguous(), down.contiguous()
+        tiles = tiles_from_counts(counts, rows.shape[0], choose_configs(rows, up, down)["up"].block_m)
+        return _Experts.apply(rows, row_weights, up, down, None, None, tiles, (up_grad, down_grad))
+    up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
+    return _mlp_torch(rows, row_weights, counts, up, down)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x itself if its rows can be read in place by 16-byte copies; one copy is cheaper than reading them otherwise."""
+    return x if x.stride(-1) == 1 and aligned(x) else x.contiguous()

@@ -1,5 +1,9 @@
 """Sigmoid top-k routing with a selection bias (arXiv:2408.15664) and optional group limits (arXiv:2412.19437, 2.1.2).
 
+    s = sigmoid(x W^T),  I = the K largest of s + bias,  w = scale * s_I / sum s_I
+
+The kernels (routing_kernels.py) do all of it in one launch and save only s and I beside the inputs.
+
 Suffixes: T tokens, D width, E experts, K chosen per token.
 """
 
@@ -9,7 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import accumulate_dtype
+from kernels._common import accumulate_dtype, triton, use_triton
+
+if triton is not None:
+    from kernels.permute import count_experts
+    from kernels.routing_kernels import route_backward, route_forward
+
+MAX_EXPERTS = 1024  # a program of the kernel holds the scores of all experts
 
 
 class Routes(NamedTuple):
@@ -44,6 +54,27 @@ def route_reference(
     return Routes(scores_TE, weights_TK * scale, experts_TK)
 
 
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, bias, top_k, n_group, topk_group, norm, scale):
+        ctx.set_materialize_grads(False)  # without a balance loss the scores have no gradient
+        scores, weights, experts = route_forward(x, w, bias, top_k, n_group, topk_group, norm, scale)
+        ctx.save_for_backward(x, w, scores, experts)
+        ctx.norm, ctx.scale = norm, scale
+        ctx.mark_non_differentiable(experts)
+        return scores, weights, experts
+
+    @staticmethod
+    def backward(ctx, dscores: Tensor | None, dweights: Tensor | None, _) -> tuple[Tensor | None, ...]:
+        dscores, dweights = (g if g is None else g.contiguous() for g in (dscores, dweights))
+        dx = dw = None
+        if dscores is not None or dweights is not None:
+            dx, dw = route_backward(
+                dscores, dweights, *ctx.saved_tensors, ctx.norm, ctx.scale, *ctx.needs_input_grad[:2]
+            )
+        return dx, dw, *(None,) * 6
+
+
 def route(
     x: Tensor,
     weight: Tensor,
@@ -53,15 +84,28 @@ def route(
     topk_group: int = 1,
     norm_topk_prob: bool = True,
     scale: float = 1.0,
+    backend: str = "auto",
 ) -> Routes:
     """x: (T, D), any dtype; weight: (E, D); bias: (E,) fp32, no gradient.  Returns Routes, all fp32 but the ids.
 
-    Group limits (n_group > 1): a group scores by its two best experts; only the topk_group best groups can be chosen from.
-    The order of the K experts of a token is not specified.
+    Group limits (n_group > 1): a group scores by its two best experts; only the topk_group best groups are chosen from.
+    The order of the K experts of a token is not specified.  Scores are fp32-accurate also for bf16 inputs, because the
+    choice depends on their last bits.
     """
-    return route_reference(x, weight, bias, top_k, n_group, topk_group, norm_topk_prob, scale)
+    E = weight.shape[0]
+    options = (top_k, n_group, topk_group, norm_topk_prob, scale)
+    if not 0 < top_k <= E:
+        raise ValueError(f"top_k={top_k} does not fit {E} experts")
+    if n_group > 1 and (E % n_group or E // n_group < 2 or not 0 < topk_group <= n_group):
+        raise ValueError(f"n_group={n_group}, topk_group={topk_group}: groups of {E} experts need at least two each")
+    if use_triton(x, backend) and x.shape[0] > 0 and E <= MAX_EXPERTS and weight.dtype != torch.float64:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return Routes(*_Route.apply(x, weight.contiguous(), bias, *options))
+    return route_reference(x, weight, bias, *options)
 
 
-def expert_counts(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Rows per expert, (E,) int64."""
+def expert_counts(experts_TK: Tensor, num_experts: int, backend: str = "auto") -> Tensor:
+    """Rows per expert, (E,) int64.  On a GPU without asking the host, which torch.bincount does."""
+    if use_triton(experts_TK, backend) and experts_TK.numel() > 0:
+        return count_experts(experts_TK, num_experts)
     return torch.bincount(experts_TK.flatten(), minlength=num_experts)

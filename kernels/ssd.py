@@ -3,13 +3,13 @@
     dt_t = clamp(softplus(dt_t + dt_bias), low, high)
     S_t  = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T            y_t = S_t C_t + D x_t
 
-`ssd_recurrence` is that, token by token: the oracle.  `ssd_reference` is the chunked form used for training: inside a chunk
-of L tokens the scan is a masked matrix product, between chunks only the state passes.  The state is reset where a packed
-row begins a new document, wherever in a chunk that is.  Heads h of group g = h // (H / G) share B and C.
+`ssd_recurrence` is that, token by token: the oracle.  `ssd_reference` is the chunked form used for training: inside a
+chunk of L tokens the scan is a masked matrix product, between chunks only the state passes.  The state is reset where
+a packed row begins a new document, wherever in a chunk that is.  Heads h of group g = h // (H / G) share B and C.
 Decay sums, exponentials and states are fp32 (float64 for float64 input) whatever the dtype of x.
 
-The Triton kernels are in `kernels.ssd_forward` and `kernels.ssd_backward`.  They choose their own chunk, which the result
-does not depend on, and keep the inputs for the backward, nothing else: decays and states are made again there.
+The Triton kernels are in `kernels.ssd_forward` and `kernels.ssd_backward`.  They choose their own chunk, which the
+result does not depend on, and keep the inputs for the backward, nothing else: decays and states are made again there.
 """
 
 import torch
@@ -72,7 +72,7 @@ def ssd_reference(
     seq_idx: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `ssd`.  Letters: b batch, c chunk, i j tokens of a chunk, g group, r head of the group, p n as P N."""
+    """Shapes as in `ssd`.  Letters: b batch, c chunk, i j tokens of a chunk, g group, r head of a group, p n as P N."""
     dtype, acc, S = x.dtype, accumulate_dtype(x), x.shape[1]
     G = B.shape[2]
     L = min(chunk, S)
@@ -152,7 +152,9 @@ class _SSD(torch.autograd.Function):
         states, _, dstates, dfirst = ssd_forward.carry_states(x, B, C, steps, tiles, first, dy, dlast)
         dx, dCB, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles)
         dB, dC, through = ssd_backward.dB_and_dC(x, dy, B, C, dCB, steps, states, dstates, flows, tiles)
-        ddt, (dA, dD, dbias) = ssd_backward.ddt_and_parameters(dt, A, dt_bias, ctx.dt_limit, steps, flows, through, tiles)
+        ddt, (dA, dD, dbias) = ssd_backward.ddt_and_parameters(
+            dt, A, dt_bias, ctx.dt_limit, steps, flows, through, tiles
+        )
         dfirst = None if first is None else dfirst.to(first.dtype)
         return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dbias.to(dt_bias.dtype), None, None, dfirst
 
@@ -178,13 +180,14 @@ def ssd(
 ) -> tuple[Tensor, Tensor]:
     """x: (B, S, H, P); dt: (B, S, H), before softplus and bias; A, D, dt_bias: (H,), A negative; B, C: (B, S, G, N).
 
-    seq_idx: (B, S) integers, the document of each token, non-decreasing along a row; initial_state: (B, H, P, N), belonging
-    to the document of the first token.  Any S.  Returns y (B, S, H, P) in x's dtype and the state after the last token,
-    (B, H, P, N) in fp32 (float64 for float64), both differentiable in every tensor argument.
-    backend: "auto", "triton" or "torch" (`kernels._common.use_triton`).  The kernels need x, B and C in one dtype, P at most
-    128 and N at most 256, else PyTorch runs.  They read any strides whose last is 1, run the same sums in the same order
-    every time, and move 47 kB a token forward, 120 kB backward at H = 64, P = 64, G = 8, N = 128 in bf16: bound by memory.
-    Raises ValueError if H is not a multiple of G or S is zero.
+    seq_idx: (B, S) integers, the document of each token, non-decreasing along a row; initial_state: (B, H, P, N),
+    belonging to the document of the first token.  Any S.  Returns y (B, S, H, P) in x's dtype and the state after the
+    last token, (B, H, P, N) in fp32 (float64 for float64), both differentiable in every tensor argument.
+    backend:
+    "auto", "triton" or "torch" (`kernels._common.use_triton`).  The kernels need x, B and C in one dtype, P at most
+    128 and N at most 256, else PyTorch runs.  They read any strides whose last is 1, run the same sums in the same
+    order every time, and move 47 kB a token forward, 120 kB backward at H = 64, P = 64, G = 8, N = 128 in bf16: bound
+    by memory. Raises ValueError if H is not a multiple of G or S is zero.
     """
     if x.shape[2] % B.shape[2]:
         raise ValueError(f"ssd: {x.shape[2]} heads are not a multiple of {B.shape[2]} groups")
@@ -207,7 +210,8 @@ def ssd_step(
     dt_limit: tuple[float, float] = (0.0, torch.inf),
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """One token of decoding: state (B, H, P, N), x (B, H, P), dt (B, H), B and C (B, G, N).  Returns y and the new state.
+    """One token of decoding: state (B, H, P, N), x (B, H, P), dt (B, H), B and C (B, G, N).  Returns y and the new
+    state.
 
     The kernel has no backward: where a gradient is wanted, PyTorch runs.  It reads and writes the state once.
     """

@@ -9,10 +9,11 @@ With dy, and dS_c the gradient of the state that chunk c leaves behind, w_j = ex
     dD    = sum_j x_j . dy_j
     ddt_j = ( sum_i M_ji + w_j x_j dS B_j ) / dt_j + A q_j,   M_ji = (C_i . B_j) G_ji L_ji,   dA = sum_t dt_t q_t
 
-q_t is the gradient of dt_t A: the sum of everything that decays over t, that is of M_ji with j < t <= i, of e_j = w_j x_j dS
-B_j with j < t, of r_i = u_i dy_i S C_i with i >= t, and of keep <dS, S>.  The first is a suffix sum of row sums minus column
-sums of M, which would cancel to noise if the two were not sums over the very same fp32 numbers, or if they held the diagonal
-(often the largest part, and no decay passes over it): here both come from one M with a zero diagonal, in one program.
+q_t is the gradient of dt_t A: the sum of everything that decays over t, that is of M_ji with j < t <= i, of e_j = w_j
+x_j dS B_j with j < t, of r_i = u_i dy_i S C_i with i >= t, and of keep <dS, S>.  The first is a suffix sum of row
+sums minus column sums of M, which would cancel to noise if the two were not sums over the very same fp32 numbers, or
+if they held the diagonal (often the largest part, and no decay passes over it): here both come from one M with a zero
+diagonal, in one program.
 
 Launches: `_prepare_kernel`, `_states_kernel` (S again and dS together), `_dx_kernel` (dx, dCB, what ddt needs of them),
 `_dBC_kernel` (dB, dC, r, keep <dS, S>), `_ddt_kernel`, and one sum over chunks for A, D and dt_bias.
@@ -30,7 +31,6 @@ from kernels.ssd_forward import (
     KINDS,
     LARGEST,
     MIDDLE,
-    PRECISION,
     SOURCE,
     STEP,
     TINY,
@@ -40,7 +40,6 @@ from kernels.ssd_forward import (
     load_rows,
     softplus,
 )
-
 
 # Rows of the flows, (B, chunks, H, FLOWS, Q) in fp32: what the large kernels leave for `_ddt_kernel`.
 FLOWS = tl.constexpr(6)
@@ -88,7 +87,7 @@ def _dx_block(
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Rows j: the first or second block of a chunk.  Columns i: the same tokens, and for the first block the second's too."""
+    """Rows j: the first or second block of a chunk.  Columns i: the same tokens, and for the first the second's."""
     Q: tl.constexpr = 2 * R
     half: tl.constexpr = 0 if FIRST else R
     r = tl.arange(0, R)
@@ -104,19 +103,17 @@ def _dx_block(
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
         match = idx[:, None] == idx[None, :]
         visible = visible & match
-    BC = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # [R, N] @ [N, R]
+    BC = tl.dot(B, tl.trans(C), input_precision="ieee")  # [R, N] @ [N, R]
     own = tl.sum(tl.where(diagonal, BC, 0.0), axis=1)
     BC = tl.where(visible, BC, 0.0)
     dBC = tl.zeros([R, R], dtype=tl.float32)
     down = tl.zeros([R], dtype=tl.float32)  # its diagonal, by itself: there a - log2(dt) would lose digits of dt
     if FIRST:
         C_right = load_rows(C_ptr, later, C_token, S, r, n, N)
-        BC_right = tl.dot(B, tl.trans(C_right), input_precision=PRECISION)  # [R, N] @ [N, R]
         dBC_right = tl.zeros([R, R], dtype=tl.float32)
         if HAS_IDX:
             idx_right = tl.load(idx_ptr + later + r, mask=r < S - later, other=-1)
             match_right = idx[:, None] == idx_right[None, :]
-            BC_right = tl.where(match_right, BC_right, 0.0)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     real = (r < S - start)[:, None]
     if P != BLOCK_P:
@@ -128,41 +125,47 @@ def _dx_block(
         p_f = flows_ptr + vector * (FLOWS * Q) + half + r
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
         # Registers are scarce: values are loaded where they are used, sums of M come before the product that needs the
-        # mixing tile, and the state's share is added to dx last.
-        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
-        a = tl.load(p_v + DECAY * Q)
-        source = tl.load(p_v + SOURCE * Q)
-        G = tl.dot(x, tl.trans(dy), input_precision=PRECISION)  # [j, i]: [R, P] @ [P, R]
-        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
-        L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
-        dBC += G * L
-        L = BC * L
-        G = G * L  # M
-        columns = tl.sum(G, axis=1)
-        tl.store(p_f + NET * Q, tl.sum(G, axis=0) - columns)
-        dx = tl.dot(L.to(x.dtype), dy, input_precision=PRECISION)  # [R, R] @ [R, P]
-        step = tl.load(p_v + STEP * Q)
-        D = tl.load(D_ptr + h).to(tl.float32)
-        dx += dy.to(tl.float32) * (own * step + D)[:, None]
-        down += skip * step
+        # mixing tile, the block to the right before anything else that adds to dx, and its C B^T is made again here.
         if FIRST:
             before = tl.load(p_v + MIDDLE * Q)
             after = tl.load(p_v + (MIDDLE * Q + R))
             dy_right = load_rows(dy_ptr + h * P, later, H * P, S, r, p, P)
-            G = tl.dot(x, tl.trans(dy_right), input_precision=PRECISION) * before[:, None] * after[None, :]
+            L = before[:, None] * after[None, :]
+            G = tl.dot(x, tl.trans(dy_right), input_precision="ieee") * L  # [j, i]: [R, P] @ [P, R]
             dBC_right += G
-            G = G * BC_right
+            BC_right = tl.dot(B, tl.trans(C_right), input_precision="ieee")  # [R, N] @ [N, R]
+            if HAS_IDX:
+                BC_right = tl.where(match_right, BC_right, 0.0)
+            G = G * BC_right  # M
             crossing = tl.sum(G, axis=1)
-            columns += crossing
             tl.store(p_f + ACROSS * Q, crossing)
             tl.store(p_f + (ACROSS * Q + R), tl.sum(G, axis=0))
-            L = BC_right * before[:, None] * after[None, :]
-            dx = tl.dot(L.to(x.dtype), dy_right, dx, input_precision=PRECISION)
+            L = L * BC_right
+            dx = tl.dot(L.to(x.dtype), dy_right, input_precision="ieee")  # [R, R] @ [R, P]
+        else:
+            dx = tl.zeros([R, BLOCK_P], dtype=tl.float32)
+            crossing = tl.zeros([R], dtype=tl.float32)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
         to_end = tl.load(p_v + TO_END * Q)
-        dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]  # [R, N] @ [N, P]
+        dx += tl.dot(B, tl.trans(dstate), input_precision="ieee") * to_end[:, None]  # [R, N] @ [N, P]
+        step = tl.load(p_v + STEP * Q)
+        D = tl.load(D_ptr + h).to(tl.float32)
+        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
+        dx += dy.to(tl.float32) * (own * step + D)[:, None]
+        a = tl.load(p_v + DECAY * Q)
+        source = tl.load(p_v + SOURCE * Q)
+        G = tl.dot(x, tl.trans(dy), input_precision="ieee")
+        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
+        L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
+        dBC += G * L
+        down += skip * step
+        L = BC * L
+        G = G * L
+        columns = tl.sum(G, axis=1)
+        tl.store(p_f + NET * Q, tl.sum(G, axis=0) - columns)
+        dx = tl.dot(L.to(x.dtype), dy, dx, input_precision="ieee")
         inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
-        tl.store(p_f + DIRECT * Q, columns * inverse + own * skip)
+        tl.store(p_f + DIRECT * Q, (columns + crossing) * inverse + own * skip)
         tl.store(p_f + SKIP * Q, skip)
         tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + (r[:, None] * (H * P) + p[None, :]), dx, mask=real)
     out = dCB_ptr + half * Q + half + r[:, None] * Q + r[None, :]
@@ -228,13 +231,13 @@ def _dx_kernel(
     idx = idx_ptr + b * idx_batch
     if first:
         _dx_block(
-            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token,
+            x_head, B_token, C_token, True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     else:
         _dx_block(
-            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token,
+            x_head, B_token, C_token, False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
 
 
@@ -279,11 +282,11 @@ def _dB_block(
     start = begin + half
     dCB = tl.load(dCB_ptr + (half + r)[:, None] * Q + half + r[None, :])  # [j, i]
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
-    dB = tl.dot(dCB, C, input_precision=PRECISION)  # [R, R] @ [R, N]
+    dB = tl.dot(dCB, C, input_precision="ieee")  # [R, R] @ [R, N]
     if FIRST:
         dCB = tl.load(dCB_ptr + r[:, None] * Q + R + r[None, :])
         C = load_rows(C_ptr, begin + R, C_token, S, r, n, N)
-        dB = tl.dot(dCB, C, dB, input_precision=PRECISION)
+        dB = tl.dot(dCB, C, dB, input_precision="ieee")
     B = load_rows(B_ptr, start, B_token, S, r, n, N)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     for k in tl.range(0, SHARE, num_stages=STAGES):
@@ -292,7 +295,7 @@ def _dB_block(
         to_end = tl.load(vectors_ptr + vector * (KINDS * Q) + (TO_END * Q + half) + r)
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        part = tl.dot(x, dstate, input_precision=PRECISION) * to_end[:, None]  # [R, P] @ [P, N]
+        part = tl.dot(x, dstate, input_precision="ieee") * to_end[:, None]  # [R, P] @ [P, N]
         dB += part
         tl.store(flows_ptr + vector * (FLOWS * Q) + (LEAVE * Q + half) + r, tl.sum(part * B.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
@@ -339,11 +342,11 @@ def _dC_block(
     # Read as [i, j]: the transposition is in the addresses.
     dCB = tl.load(dCB_ptr + half * Q + half + r[:, None] + r[None, :] * Q)
     B = load_rows(B_ptr, start, B_token, S, r, n, N)
-    dC = tl.dot(dCB, B, input_precision=PRECISION)  # [R, R] @ [R, N]
+    dC = tl.dot(dCB, B, input_precision="ieee")  # [R, R] @ [R, N]
     if not FIRST:
         dCB = tl.load(dCB_ptr + half + r[:, None] + r[None, :] * Q)
         B = load_rows(B_ptr, begin, B_token, S, r, n, N)
-        dC = tl.dot(dCB, B, dC, input_precision=PRECISION)
+        dC = tl.dot(dCB, B, dC, input_precision="ieee")
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     for k in tl.range(0, SHARE, num_stages=STAGES):
@@ -352,7 +355,7 @@ def _dC_block(
         from_start = tl.load(vectors_ptr + vector * (KINDS * Q) + (FROM_START * Q + half) + r)
         dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        part = tl.dot(dy, state, input_precision=PRECISION) * from_start[:, None]  # [R, P] @ [P, N]
+        part = tl.dot(dy, state, input_precision="ieee") * from_start[:, None]  # [R, P] @ [P, N]
         dC += part
         tl.store(flows_ptr + vector * (FLOWS * Q) + (ENTER * Q + half) + r, tl.sum(part * C.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
@@ -436,13 +439,13 @@ def _dBC_kernel(
     dCB = dCB_ptr + (item * groups + g).to(tl.int64) * (4 * R * R)
     if role == 0:
         _dB_block(
-            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token,
+            C_token, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 1:
         _dB_block(
-            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token, C_token,
-            False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token,
+            C_token, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 2:
         _dC_block(
@@ -513,7 +516,9 @@ def _ddt_kernel(
     inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
     dstep = tl.load(p_f + DIRECT * Q, mask=some, other=0.0) + leave * inverse + A[:, None] * flow
     at = row.to(tl.int64) * S + chunk * Q
-    p_dt = dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    p_dt = (
+        dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    )
     raw = tl.load(p_dt, mask=real, other=0.0).to(tl.float32)
     raw += tl.load(bias_ptr + h, mask=heads, other=0.0).to(tl.float32)[:, None]
     slope = 1.0 / (1.0 + tl.exp(-raw))  # of softplus
@@ -533,7 +538,15 @@ def _ddt_kernel(
 
 
 def dx_and_dCB(
-    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor, steps: Steps, dstates: Tensor, seq_idx: Tensor | None, tiles: Tiles
+    x: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    steps: Steps,
+    dstates: Tensor,
+    seq_idx: Tensor | None,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dCB (B, chunks, G, Q, Q) in x's dtype, and the flows, of which LEAVE and ENTER are still to be written."""
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
@@ -543,16 +556,24 @@ def dx_and_dCB(
     flows = torch.empty(Bt, n_chunks, H, FLOWS.value, tiles.Q, device=x.device, dtype=torch.float32)
     _dx_kernel[(2 * G, Bt * n_chunks)](
         x, dy, B, C, D, steps.vectors, dstates, dx, dCB, flows, x if seq_idx is None else seq_idx, S, H, n_chunks,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        0 if seq_idx is None else seq_idx.stride(0),
-        HAS_IDX=seq_idx is not None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G,
-        STAGES=tiles.stages, num_warps=tiles.warps,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
+        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return dx, dCB, flows
 
 
 def dB_and_dC(
-    x: Tensor, dy: Tensor, B: Tensor, C: Tensor, dCB: Tensor, steps: Steps, states: Tensor, dstates: Tensor, flows: Tensor, tiles: Tiles
+    x: Tensor,
+    dy: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dCB: Tensor,
+    steps: Steps,
+    states: Tensor,
+    dstates: Tensor,
+    flows: Tensor,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dB, dC, and keep <dS, S> per chunk and head; writes LEAVE and ENTER of the flows."""
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
@@ -563,14 +584,22 @@ def dB_and_dC(
     _dBC_kernel[(5 * G, Bt * n_chunks)](
         x, dy, B, C, *steps, states, dstates, dCB, dB, dC, flows, through,
         S, H, n_chunks,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, num_warps=tiles.warps,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages,
+        num_warps=tiles.warps,
     )  # fmt: skip
     return dB, dC, through
 
 
 def ddt_and_parameters(
-    dt: Tensor, A: Tensor, dt_bias: Tensor, dt_limit: tuple[float, float], steps: Steps, flows: Tensor, through: Tensor, tiles: Tiles
+    dt: Tensor,
+    A: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float],
+    steps: Steps,
+    flows: Tensor,
+    through: Tensor,
+    tiles: Tiles,
 ) -> tuple[Tensor, Tensor]:
     """ddt (B, S, H) in dt's dtype, and dA, dD, ddt_bias as (3, H) in fp32."""
     Bt, S, H = dt.shape
@@ -579,7 +608,7 @@ def ddt_and_parameters(
     parts = torch.empty(3, Bt * n_chunks, H, device=dt.device, dtype=torch.float32)
     block = min(16, triton.next_power_of_2(H))
     _ddt_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
-        dt, A, dt_bias, steps.vectors, flows, through, ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1), *dt_limit,
-        CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block, num_warps=4,
+        dt, A, dt_bias, steps.vectors, flows, through, ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1),
+        *dt_limit, CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
     return ddt, parts.sum(1)

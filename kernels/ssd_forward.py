@@ -5,15 +5,16 @@ Per head, a_t is the sum of dt A from the chunk's start through token t, S_c the
     y_i     = sum_{j <= i} (C_i . B_j) exp(a_i - a_j) dt_j x_j  +  exp(a_i) S_c C_i  +  D x_i
     S_{c+1} = exp(a_last) S_c + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 
-Three launches.  `_prepare_kernel`: everything that depends on dt alone, one number per token and head each, and the resets
-of packed documents folded into it as zeros.  `_states_kernel`: one program carries a block of one head's state in fp32
-registers through the whole row and leaves S_c behind in x's dtype, so no fp32 state and no partial state touch memory.
-`_scan_kernel`: one program per half chunk and group of heads; C B^T is made once and shared by the group's heads.
-At T tokens x, B, C are read twice, the states written and read once: 47 kB a token at Nemotron 3 Nano's sizes in bf16.
+Three launches.  `_prepare_kernel`: everything that depends on dt alone, one number per token and head each, and the
+resets of packed documents folded into it as zeros.  `_states_kernel`: one program carries a block of one head's state
+in fp32 registers through the whole row and leaves S_c behind in x's dtype, so no fp32 state and no partial state
+touch memory. `_scan_kernel`: one program per half chunk and group of heads; C B^T is made once and shared by the
+group's heads. At T tokens x, B, C are read twice, the states written and read once: 47 kB a token at Nemotron 3
+Nano's sizes in bf16.
 
-A chunk is two blocks of R tokens.  Inside a block the decay between two tokens takes an exponential per pair; from the first
-block to the second it is the product of two factors at most 1, so it takes none.  The diagonal of the masked product and
-D x are added in fp32.  Decays are kept in base 2: the hardware's exponential is.
+A chunk is two blocks of R tokens.  Inside a block the decay between two tokens takes an exponential per pair; from
+the first block to the second it is the product of two factors at most 1, so it takes none.  The diagonal of the
+masked product and D x are added in fp32.  Decays are kept in base 2: the hardware's exponential is.
 """
 
 from typing import NamedTuple
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from kernels._common import INTERPRET
 
-PRECISION = tl.constexpr("tf32x3")  # of fp32 products: three tf32 products, right to 2^-21; no matter to bf16
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-37)  # below this a step counts as zero: its logarithm stays finite
 # Rows of `Steps.vectors`, described in `_prepare_kernel`.
@@ -39,7 +39,7 @@ LARGEST = tl.constexpr(126.0)  # exponents are cut here so that masked-out pairs
 
 @triton.jit
 def softplus(v):
-    """max(v, 0) + log(1 + exp(-|v|)), the logarithm as a series in u / (2 + u): right to 1e-7 relative also for tiny u."""
+    """max(v, 0) + log(1 + exp(-|v|)), the logarithm as a series in u / (2 + u): right to 1e-7 for tiny u too."""
     u = tl.exp(-tl.abs(v))
     s = u / (2.0 + u)  # at most 1/3; log(1 + u) = 2 artanh(s)
     q = s * s
@@ -91,7 +91,9 @@ def _prepare_kernel(
     t = chunk * Q + q
     heads = h < H
     inside = heads[:, None] & (t < S)[None, :]  # [BLOCK_H, Q]
-    p_dt = dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    p_dt = (
+        dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
+    )
     dt = tl.load(p_dt, mask=inside, other=0.0).to(tl.float32)
     A = tl.load(A_ptr + h, mask=heads, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + h, mask=heads, other=0.0).to(tl.float32)
@@ -112,7 +114,9 @@ def _prepare_kernel(
         p_idx = idx_ptr + row.to(tl.int64) * idx_batch
         idx = tl.load(p_idx + t, mask=t < S, other=-1)
         last = tl.load(p_idx + tl.minimum(chunk * Q + Q, S) - 1)
-        before = tl.load(p_idx + tl.maximum(chunk * Q - 1, 0))  # the initial state belongs to the first token's document
+        before = tl.load(
+            p_idx + tl.maximum(chunk * Q - 1, 0)
+        )  # the initial state belongs to the first token's document
         to_end = tl.where((idx == last)[None, :], to_end, 0.0)
         from_start = tl.where((idx == before)[None, :], from_start, 0.0)
         keep = tl.where(last == before, keep, 0.0)
@@ -128,7 +132,7 @@ def _prepare_kernel(
 
 
 class Steps(NamedTuple):
-    """What `prepare` makes of dt, in fp32: per head and chunk side by side, so that a kernel needs one address for them."""
+    """What `prepare` makes of dt, in fp32: per head and chunk side by side, so that one address serves."""
 
     vectors: Tensor  # (B, chunks, H, KINDS, 2 R)
     keep: Tensor  # (B, chunks, H)
@@ -178,10 +182,10 @@ def pick_tiles(dtype: torch.dtype, device: torch.device, P: int, N: int) -> Tile
 def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
     """[rows, cols] from row `start` on, zeros from row `end` and from column COLS on.  ptr: row 0."""
     mask = (rows < end - start)[:, None]
-    if COLS < cols.shape[0] or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
+    if cols.shape[0] > COLS or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
         mask = mask & (cols < COLS)[None, :]
     ptr += start.to(tl.int64) * stride
-    return tl.load((ptr + rows[:, None] * stride) + cols[None, :], mask=mask, other=0.0)
+    return tl.load(ptr + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -287,7 +291,7 @@ def _states_kernel(
         weight = tl.load(weight_ptr + vector * (KINDS * Q) + q)
         value = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
         state = state * tl.load(keep_ptr + vector)
-        state = tl.dot(value, key, state, input_precision=PRECISION)  # [P, Q] @ [Q, N]
+        state = tl.dot(value, key, state, input_precision="ieee")  # [P, Q] @ [Q, N]
     tl.store(end_ptr + exact, state, mask=real)
 
 
@@ -325,7 +329,8 @@ def _scan_block(
 ):
     """The first or second block of a chunk, HEADS heads of one group from h0 on.  Pointers are at the row (and group).
 
-    item: row and chunk as one number.  R rows i; columns j are the same R tokens, and for the second block the first's too.
+    item: row and chunk as one number.  R rows i; columns j are the same R tokens, and for the second block the
+    first's too.
     """
     Q: tl.constexpr = 2 * R
     half: tl.constexpr = R if SECOND else 0
@@ -340,12 +345,12 @@ def _scan_block(
     if HAS_IDX:
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
         visible = visible & (idx[:, None] == idx[None, :])
-    CB = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [R, N] @ [N, R]
+    CB = tl.dot(C, tl.trans(B), input_precision="ieee")  # [R, N] @ [N, R]
     own = tl.sum(tl.where(r[:, None] == r[None, :], CB, 0.0), axis=1)  # C_i . B_i
     CB = tl.where(visible, CB, 0.0)
     if SECOND:
         B = load_rows(B_ptr, begin, B_token, S, r, n, N)
-        CB_left = tl.dot(C, tl.trans(B), input_precision=PRECISION)
+        CB_left = tl.dot(C, tl.trans(B), input_precision="ieee")
         if HAS_IDX:
             earlier = tl.load(idx_ptr + begin + r, mask=r < S - begin, other=-1)
             CB_left = tl.where(idx[:, None] == earlier[None, :], CB_left, 0.0)
@@ -356,20 +361,20 @@ def _scan_block(
         p_v = vectors_ptr + vector * (KINDS * Q) + half + r
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
         from_start = tl.load(p_v + FROM_START * Q)
-        y = tl.dot(C, tl.trans(state), input_precision=PRECISION) * from_start[:, None]  # [R, N] @ [N, P]
+        y = tl.dot(C, tl.trans(state), input_precision="ieee") * from_start[:, None]  # [R, N] @ [N, P]
         if SECOND:
             x_left = load_rows(x_ptr + h * x_head, begin, x_token, S, r, p, P)
             before = tl.load(p_v + (MIDDLE * Q - R))
             after = tl.load(p_v + MIDDLE * Q)
             mixing = CB_left * (after[:, None] * before[None, :])
-            y = tl.dot(mixing.to(x_left.dtype), x_left, y, input_precision=PRECISION)  # [R, R] @ [R, P]
+            y = tl.dot(mixing.to(x_left.dtype), x_left, y, input_precision="ieee")  # [R, R] @ [R, P]
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
         D = tl.load(D_ptr + h).to(tl.float32)
         y += x.to(tl.float32) * (own * tl.load(p_v + STEP * Q) + D)[:, None]
         a = tl.load(p_v + DECAY * Q)
         source = tl.load(p_v + SOURCE * Q)
         mixing = CB * tl.exp2(tl.minimum(a[:, None] - source[None, :], LARGEST))
-        y = tl.dot(mixing.to(x.dtype), x, y, input_precision=PRECISION)
+        y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
         mask = (r < S - start)[:, None]
         if P != BLOCK_P:
             mask = mask & (p < P)[None, :]
@@ -520,8 +525,9 @@ def carry_states(
     dlast: Tensor | None = None,
     forward: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """States entering each chunk and after the last; with dy (contiguous), also gradients of the state leaving each chunk
-    and of the initial state.  (B, chunks, H, padded P, padded N) in x's dtype, and (B, H, P, N) in fp32; None if not asked.
+    """States entering each chunk and after the last; with dy (contiguous), also gradients of the state leaving each
+    chunk and of the initial state.  (B, chunks, H, padded P, padded N) in x's dtype, and (B, H, P, N) in fp32; None
+    if not asked.
     """
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)
@@ -543,9 +549,9 @@ def carry_states(
     _states_kernel[(Bt * H, (tiles.P // split_p) * (tiles.N // split_n), forward + backward)](
         x, B, initial_state, states, last, dy, C, dlast, dstates, dfirst, *steps,
         S, H, n_chunks, H // G,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        FORWARD=forward, BACKWARD=backward, HAS_FIRST=initial_state is not None, HAS_DLAST=dlast is not None,
-        P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, SPLIT_P=split_p, SPLIT_N=split_n, R=tiles.R,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), FORWARD=forward, BACKWARD=backward, HAS_FIRST=initial_state is not None, HAS_DLAST=dlast is not
+        None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, SPLIT_P=split_p, SPLIT_N=split_n, R=tiles.R,
         STAGES=tiles.stages + 1 if tiles.stages > 1 else 1, num_warps=4,
     )  # fmt: skip
     return states, last, dstates, dfirst
@@ -561,10 +567,9 @@ def scan(
     _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
         x, B, C, D, steps.vectors, states, y, x if seq_idx is None else seq_idx,
         S, H, n_chunks, share,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1), C.stride(2),
-        0 if seq_idx is None else seq_idx.stride(0),
-        HAS_IDX=seq_idx is not None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, HEADS=heads,
-        STAGES=tiles.stages, num_warps=tiles.warps,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
+        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, HEADS=heads, STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return y
 

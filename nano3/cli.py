@@ -1,9 +1,10 @@
-"""From the command line to a validated Config: preset, then --config-file, then flags, then `a.b=v`; later layers win."""
+"""From the command line to a validated Config: preset, --config-file, flags, `a.b=v`, each over what came before."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ LENGTHS = ["train.train", "scheduler.lr_warmup", "scheduler.lr_decay", "schedule
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a Nemotron 3 Nano.  Alone (python train.py …) or under torchrun; the two differ in nothing else.",
+        description="Train a Nemotron 3 Nano, alone (python train.py …) or under torchrun; nothing else differs.",
         epilog="Any setting can be given as section.key=value, e.g. train.train_iters=100 optimizer.lr=1e-3.",
     )
     p.add_argument("--mode", choices=["pretrain", "finetune"], required=True)
@@ -95,8 +96,8 @@ def _split(overrides: list[str]) -> list[tuple[str, Any]]:
         if not equals:
             raise UserError(f"{item!r}: settings are written section.key=value{nearest(item, keys_of(Config))}")
         try:
-            value = OmegaConf.from_dotlist([f"v={text}"])["v"]
-        except Exception:
+            value = OmegaConf.from_dotlist([f"v={text}"])["v"] if text else ""
+        except Exception:  # not YAML: then it is plain text
             value = text
         pairs.append((ALIASES.get(key, key), value))
     return pairs
@@ -132,8 +133,8 @@ def _one_unit_each(base: Any, layer: Any, source: str) -> Any:
 def validate(config: Config) -> None:
     """Raise UserError on anything wrong that can be known without the machine; the mesh checks the rest."""
     for key in keys_of(Config):
-        section, name = key.split(".")
-        if isinstance(value := getattr(getattr(config, section), name), float) and not math.isfinite(value):
+        value = operator.attrgetter(key)(config)
+        if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not a finite number")
     config.model.validate()
     t, s, d, v = config.train, config.scheduler, config.dataset, config.validation
@@ -163,7 +164,7 @@ def validate(config: Config) -> None:
         )
     if config.iterations < 1:
         raise UserError(
-            f"train: the length given is less than one step of {t.global_batch_size} sequences of {d.seq_length} tokens; "
+            f"train: the length given is less than a step of {t.global_batch_size} x {d.seq_length} tokens; "
             "train longer or lower train.global_batch_size"
         )
     _one_of("train.precision", t.precision, ["auto", "bf16", "fp32"])
@@ -171,12 +172,15 @@ def validate(config: Config) -> None:
     _one_of("scheduler.lr_decay_style", s.lr_decay_style, ["WSD", "cosine", "linear", "constant"])
     _one_of("scheduler.lr_wsd_decay_style", s.lr_wsd_decay_style, ["linear", "cosine", "exponential", "minus_sqrt"])
     _one_of("dataset.name", d.name, ["embedded", "mock"])
+    for key, backend in vars(config.model.kernels).items():
+        _one_of(f"model.kernels.{key}", backend, ["auto", "triton", "torch"])
     if s.lr_decay_style == "WSD" and all(getattr(s, f"lr_wsd_decay_{u}") is None for u in UNITS):
         raise UserError(
             "scheduler.lr_decay_style=WSD needs the length of its decay, e.g. scheduler.lr_wsd_decay_fraction=0.2"
         )
-    if s.lr_wsd_decay_fraction is not None and not 0 < s.lr_wsd_decay_fraction <= 1:
-        raise UserError(f"scheduler.lr_wsd_decay_fraction={s.lr_wsd_decay_fraction} must lie in (0, 1]")
+    for key in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
+        if (fraction := getattr(s, key)) is not None and not 0 <= fraction <= 1:
+            raise UserError(f"scheduler.{key}={fraction} must lie in [0, 1]")
     if config.optimizer.min_lr > config.optimizer.lr:
         raise UserError(f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}")
     for key in ("adam_beta1", "adam_beta2"):

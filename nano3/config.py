@@ -1,7 +1,7 @@
-"""Configuration: plain dataclasses, filled by omegaconf from a preset, a YAML file and `a.b=v` overrides, in that order.
+"""Configuration: dataclasses, filled by omegaconf from a preset, a YAML file and `a.b=v` overrides, in that order.
 
 Model fields are spelt as in Hugging Face's config.json, so reading one is a filter; the other sections carry the names
-that users of NVIDIA's scripts type today.  A trailing comment gives the letter or the unit.  Nothing here imports torch.
+that users of NVIDIA's scripts type today.  A trailing comment gives the letter or the unit.  No torch here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,21 @@ KINDS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}  # a letter of 
 
 
 class UserError(ValueError):
-    """Something the user asked for cannot be done.  The text names setting, value and remedy; scripts print it alone."""
+    """What the user asked for cannot be done.  The text names setting, value and remedy; scripts print it alone."""
+
+
+@dataclass(kw_only=True)
+class KernelsConfig:
+    """What runs each operator: triton (our kernel), torch (plain PyTorch), or auto, the faster one where it can run."""
+
+    ssd: str = "auto"
+    conv1d: str = "auto"
+    gated_norm: str = "auto"
+    rms_norm: str = "auto"
+    routing: str = "auto"
+    experts: str = "auto"
+    attention: str = "auto"
+    cross_entropy: str = "auto"
 
 
 @dataclass(kw_only=True)
@@ -64,6 +78,7 @@ class ModelConfig:
     intermediate_size: int = 1856
     # initialisation; None means sqrt(0.8 / D), which every published size follows
     init_method_std: float | None = None
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     # fields of the family that this code knows and does not implement: refused below, by name
     moe_latent_size: int | None = None
     num_nextn_predict_layers: int = 0
@@ -184,7 +199,7 @@ class ModelConfig:
         config.validate()
         if layers is not None and layers != config.num_hidden_layers:
             raise UserError(
-                f"config.json: num_hidden_layers={layers}, but the pattern has {config.num_hidden_layers} letters; correct one"
+                f"config.json: num_hidden_layers={layers}, but the pattern has {config.num_hidden_layers} letters"
             )
         return config
 
@@ -235,7 +250,7 @@ class TrainConfig:
     micro_batch_size: int = 1  # sequences a rank computes at once
     precision: str = "auto"  # bf16 (fp32 masters), fp32, or auto: bf16 on a GPU, fp32 on a CPU
     recompute: Any = "none"  # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]
-    loss_chunk_tokens: int = 4096  # logits exist for this many tokens at a time
+    loss_chunk_tokens: int = 2048  # logits exist for this many tokens at a time
     device: str = "auto"  # cuda, cpu, or auto
 
 
@@ -254,13 +269,14 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
-    """Learning rate over the run.  Each length may be given in iterations, samples or tokens (at most one of them)."""
+    """Learning rate over the run.  A length comes in one unit: iterations, samples, tokens or a fraction."""
 
     lr_decay_style: str = "cosine"  # WSD, cosine, linear or constant
     lr_warmup_init: float = 0.0
     lr_warmup_iters: int | None = None
     lr_warmup_samples: int | None = None
     lr_warmup_tokens: int | None = None
+    lr_warmup_fraction: float | None = None  # of the run
     lr_decay_iters: int | None = None  # where min_lr is reached; default: the end of the run
     lr_decay_samples: int | None = None
     lr_decay_tokens: int | None = None

@@ -1,7 +1,7 @@
 """Initialisation as NVIDIA trains (Megatron's rules), independent of the layout.
 
-Every tensor is drawn whole from a generator seeded by (seed, its name, the expert's number), on the CPU: any rank can draw
-its slice of any tensor alone, a GPU gets the numbers a CPU gets, and adding a layer changes no other.
+Every tensor is drawn whole from a generator seeded by (seed, its name, the expert's number), on the CPU: any rank can
+draw its slice of any tensor alone, a GPU gets the numbers a CPU gets, and adding a layer changes no other.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ class Mamba(nn.Module):
         self.d_inner, self.conv_dim = c.d_inner, c.conv_dim
         self.chunk, self.eps = c.chunk_size, c.layer_norm_epsilon
         self.dt_limit = (c.time_step_limit[0], c.time_step_limit[1])
+        self.kernels = c.kernels
         self.in_proj = nn.Linear(c.hidden_size, self.d_inner + self.conv_dim + self.H, bias=False)  # z | x | B | C | dt
         self.conv1d = Conv(self.conv_dim, c.conv_kernel, c.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(self.H))
@@ -43,10 +44,11 @@ class Mamba(nn.Module):
         before = None if cache is None else cache.window[:, 1:]
         if cache is not None:
             cache.window = torch.cat([cache.window, xBC], dim=1)[:, -W:]
-        xBC = causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, before)
+        xBC = causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, before, self.kernels.conv1d)
         x, B, C = self._heads(xBC)
         state = None if cache is None else cache.state
-        y, state = ssd(x, dt, self._A(), B, C, self.D, self.dt_bias, self.chunk, self.dt_limit, seq_idx, state)
+        options = (self.dt_bias, self.chunk, self.dt_limit, seq_idx, state, self.kernels.ssd)
+        y, state = ssd(x, dt, self._A(), B, C, self.D, *options)
         if cache is not None:
             cache.state = state
         return self._out(y, z)
@@ -54,9 +56,11 @@ class Mamba(nn.Module):
     def step(self, u: Tensor, cache: MambaState) -> Tensor:
         """One token of decoding: (B, D) -> (B, D).  Moves `cache` on by one token."""
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.H], dim=-1)
-        xBC, cache.window = causal_conv1d_step(xBC, cache.window, self.conv1d.weight.squeeze(1), self.conv1d.bias)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        xBC, cache.window = causal_conv1d_step(xBC, cache.window, weight, bias, self.kernels.conv1d)
         x, B, C = self._heads(xBC)
-        y, cache.state = ssd_step(cache.state, x, dt, self._A(), B, C, self.D, self.dt_bias, self.dt_limit)
+        options = (self.dt_bias, self.dt_limit, self.kernels.ssd)
+        y, cache.state = ssd_step(cache.state, x, dt, self._A(), B, C, self.D, *options)
         return self._out(y, z)
 
     def _A(self) -> Tensor:
@@ -67,4 +71,5 @@ class Mamba(nn.Module):
         return x.unflatten(-1, (self.H, self.P)), B.unflatten(-1, (self.G, self.N)), C.unflatten(-1, (self.G, self.N))
 
     def _out(self, y: Tensor, z: Tensor) -> Tensor:
-        return self.out_proj(gated_rms_norm(y.flatten(-2), z, self.norm.weight, self.G, self.eps))
+        y = gated_rms_norm(y.flatten(-2), z, self.norm.weight, self.G, self.eps, self.kernels.gated_norm)
+        return self.out_proj(y)

@@ -33,7 +33,7 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, letter: str) -> None:
         super().__init__()
         self.kind = KINDS[letter]
-        self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
         self.mixer = MIXERS[letter](c)
 
     def forward(self, x: Tensor, seq_idx: Tensor | None, cache: LayerState = None) -> tuple[Tensor, Balance | None]:
@@ -58,11 +58,11 @@ class Nano3(nn.Module):
         self.config, self.recompute = c, recompute
         self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, letter) for letter in c.hybrid_override_pattern)
-        self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
+        self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, seq_idx: Tensor | None = None, cache: list[LayerState] | None = None) -> Output:
-        """tokens: (B, S) ids; seq_idx: (B, S), the document of each token of a packed row, non-decreasing along the row.
+        """tokens: (B, S) ids; seq_idx: (B, S), the document of each token of a packed row, non-decreasing.
 
         With a cache the row continues what the cache has seen, and the cache moves on by S tokens.
         """

@@ -1,4 +1,4 @@
-"""Mixture of experts: a sigmoid router with a selection bias, squared-ReLU experts, one shared expert; and the dense MLP.
+"""Mixture of experts: a sigmoid router with a selection bias, squared-ReLU experts and a shared one; the dense MLP.
 
 Two forces keep the experts balanced (arXiv:2408.15664, arXiv:2412.19437 section 2.1.2).  After each optimizer step the
 selection bias moves by a fixed amount towards the experts that got too few tokens; and a small auxiliary loss per
@@ -43,23 +43,26 @@ class Router(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.options = (c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, c.routed_scaling_factor)
+        self.backend = c.kernels.routing
         self.weight = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.empty(c.n_routed_experts))
 
     def forward(self, x_TD: Tensor) -> Routes:
-        return route(x_TD, self.weight, self.e_score_correction_bias, *self.options)
+        return route(x_TD, self.weight, self.e_score_correction_bias, *self.options, self.backend)
 
 
 class Experts(nn.Module):
     """All experts in two tensors, one matrix [out, in] per expert."""
 
-    def __init__(self, E: int, D: int, F: int) -> None:
+    def __init__(self, E: int, D: int, F: int, backend: str) -> None:
         super().__init__()
         self.up_proj = nn.Parameter(torch.empty(E, F, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
+        self.backend = backend
 
     def forward(self, x_TD: Tensor, routes: Routes, counts_E: Tensor) -> Tensor:
-        return experts(x_TD, routes.weights_TK, routes.experts_TK, counts_E, self.up_proj, self.down_proj)
+        weights, ids = routes.weights_TK, routes.experts_TK
+        return experts(x_TD, weights, ids, counts_E, self.up_proj, self.down_proj, self.backend)
 
 
 class MoE(nn.Module):
@@ -67,14 +70,14 @@ class MoE(nn.Module):
         super().__init__()
         self.E, self.K = c.n_routed_experts, c.num_experts_per_tok
         self.gate = Router(c)
-        self.experts = Experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
+        self.experts = Experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, c.kernels.experts)
         self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size)
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None, cache: None = None) -> Tensor | tuple[Tensor, Balance]:
         """(B, S, D) -> (B, S, D); in training mode also the Balance of this layer."""
         x = u.flatten(0, -2)
         routes = self.gate(x)
-        counts = expert_counts(routes.experts_TK, self.E)
+        counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
         y = self.experts(x, routes, counts).view_as(u) + self.shared_experts(u)
         if not self.training:
             return y
@@ -89,7 +92,8 @@ def sequence_balance_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
     """E / (K S^2) * sum_i c_i sum_t p_ti per sequence, (B,): 1 when every expert is chosen equally often.
 
     p are the scores normalised over all experts; c_i counts the tokens whose K largest p, without bias or group limits,
-    hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one sequence.
+    hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one
+    sequence.
     """
     S, E = scores_BSE.shape[1:]
     p = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)
@@ -101,6 +105,6 @@ def sequence_balance_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
 
 @torch.no_grad()
 def update_selection_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
-    """bias_i += rate * sign(mean load - load_i), in place: once per optimizer step, with the counts of the whole step."""
+    """bias_i += rate * sign(mean load - load_i), in place; once per optimizer step, with the whole step's counts."""
     load = counts_E.to(bias_E.dtype)
     bias_E += rate * torch.sign(load.mean() - load)

@@ -57,7 +57,7 @@ def draw(s: Shape, device: str) -> dict[str, Tensor | None]:
         return torch.randn(*shape, device=device)
 
     low, high = s.decay
-    lengths = [] if s.documents is None else list(s.documents) + [s.S - sum(s.documents)]
+    lengths = [] if s.documents is None else [*s.documents, s.S - sum(s.documents)]
     idx = [i for i, length in enumerate(lengths) for _ in range(length)]
     return {
         "xBC": normal(s.Bt, s.S, s.H * s.P + 2 * s.G * s.N),
@@ -105,12 +105,12 @@ def check(s: Shape, device: str, dtype: torch.dtype, y_grad: bool = True, last_g
         assert a.dtype == b.dtype, name
         error = relative_error(a, t)
         if dtype == torch.float32:
-            # Sums of a few hundred fp32 terms and of decays up to about 100: 1e-6, and room for luck.  Where decays are in the
-            # thousands, or a sum over the row cancels (dA), fp32 has fewer digits left: there no further than eager.
+            # Sums of a few hundred fp32 terms and of decays up to about 100: 1e-6, and room for luck.  Where decays are
+            # in the thousands, or a sum over the row cancels (dA), fp32 has fewer digits left: no further than eager.
             limit = max(1e-5, relative_error(b, t))
         else:
-            # Eager computes in fp32 and rounds its result once.  The kernel rounds operands of its products too, as every
-            # bf16 product does, and the states between chunks; twice one rounding is the bound, also for fp32 results.
+            # Eager computes in fp32 and rounds its result once.  The kernel rounds operands of its products too, as
+            # every bf16 product does, and the states between chunks; twice one rounding bounds fp32 results as well.
             limit = 2 * max(relative_error(b, t), relative_error(t.to(dtype), t))
         assert error <= limit, f"{name}: relative error {error:.1e} > {limit:.1e}"
 

@@ -1,0 +1,122 @@
+"""Generation: prefill the prompt in chunks, then one token at a time over the cache.
+
+python -m nano3.model.generate --checkpoint runs/tiny --prompt "def "
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from nano3.config import UserError
+from nano3.model.cache import create_cache
+from nano3.model.model import Nano3
+
+
+@torch.inference_mode()
+def generate(
+    model: Nano3,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Collection[int] = (),
+    prefill_chunk: int = 2048,
+) -> Iterator[int]:
+    """Yield up to `max_new_tokens` ids that continue `prompt`; a stop id ends the text and is not yielded.
+
+    temperature 0 is greedy; otherwise the logits are divided by it and sampled from the smallest set of ids whose
+    probability reaches top_p.  `prefill_chunk`: tokens of the prompt computed at once; the result does not depend
+    on it.
+    """
+    if not prompt:
+        raise UserError("the prompt is empty: give at least one token to continue")
+    device, dtype = model.embeddings.weight.device, model.embeddings.weight.dtype
+    tokens = torch.tensor([prompt], device=device)
+    cache = create_cache(model.config, 1, len(prompt) + max_new_tokens, dtype, device)
+    draws = torch.Generator().manual_seed(seed)
+    for part in tokens.split(prefill_chunk, dim=1):
+        hidden = model(part, cache=cache).hidden[:, -1]
+    logits = model.logits(hidden)
+    for _ in range(max_new_tokens):
+        token = choose(logits[0], temperature, top_p, draws)
+        if token in stop_ids:
+            return
+        yield token
+        logits = model.step(torch.tensor([token], device=device), cache)
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, draws: torch.Generator) -> int:
+    """One id from (V,) logits."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probs, ids = (logits.float().cpu() / temperature).softmax(-1).sort(descending=True)
+    probs[probs.cumsum(-1) - probs >= top_p] = 0  # drop what comes after the mass is reached; the first always stays
+    return int(ids[torch.multinomial(probs, 1, generator=draws)])
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(prog="python -m nano3.model.generate", description="Continue a prompt.")
+    p.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="a run folder, its checkpoints, or one iter_NNNNNNN"
+    )
+    p.add_argument("--prompt", required=True, help="text; token ids if the model was trained on mock data")
+    p.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    p.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: 0.8)")
+    p.add_argument("--top-p", type=float, default=0.95)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stop-ids", type=int, nargs="*", help="ids that end the text (default: the tokenizer's)")
+    p.add_argument("--prefill-chunk", type=int, default=2048, metavar="N", help="prompt tokens computed at once")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    p.add_argument("--tokenizer-model", metavar="PATH", help="default: the one it was trained with")
+    args = p.parse_args()
+    # The command line sits above the library: reading checkpoints and data is not the model's business.
+    from nano3.data.corpus import tokenizer_name
+    from nano3.data.tokenizer import load_tokenizer
+    from nano3.parallel.mesh import pick_device
+    from nano3.train.checkpoint import load_model
+
+    try:
+        for name, ok in [
+            ("max-new-tokens", args.max_new_tokens >= 0),
+            ("temperature", args.temperature >= 0),
+            ("top-p", 0 < args.top_p <= 1),
+            ("prefill-chunk", args.prefill_chunk >= 1),
+        ]:
+            if not ok:
+                raise UserError(f"--{name} {getattr(args, name.replace('-', '_'))} is out of range")
+        model, config = load_model(args.checkpoint, "--checkpoint", pick_device(args.device, 0))
+        tokenizer = load_tokenizer(args.tokenizer_model or tokenizer_name(config), config.model.vocab_size)
+        prompt = tokenizer.encode(args.prompt)
+        stream = generate(
+            model,
+            prompt,
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop_ids=tokenizer.stop_ids if args.stop_ids is None else args.stop_ids,
+            prefill_chunk=args.prefill_chunk,
+        )
+        ids, shown = list(prompt), ""
+        for token in stream:
+            ids.append(token)
+            text = tokenizer.decode(ids)
+            if not text.endswith("\ufffd"):  # an unfinished character: wait for its other bytes
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+        print(tokenizer.decode(ids)[len(shown) :])
+    except UserError as error:
+        print(f"generate: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

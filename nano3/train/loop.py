@@ -1,0 +1,361 @@
+"""The training loop: batches in, optimizer steps out; evaluation, samples, checkpoints and a clean end."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernels._common import INTERPRET, triton
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from nano3.cli import difference, to_yaml
+from nano3.config import Config, UserError
+from nano3.data.corpus import load_dataset, tokenizer_name
+from nano3.data.loader import micro_batches
+from nano3.data.tokenizer import load_tokenizer
+from nano3.model.generate import generate
+from nano3.model.init import allocate, initialise, named_tensors
+from nano3.model.model import Nano3
+from nano3.model.moe import update_selection_bias
+from nano3.parallel.data import all_sum
+from nano3.parallel.mesh import Mesh
+from nano3.train import checkpoint
+from nano3.train.checkpoint import Progress
+from nano3.train.metrics import Log, clock
+from nano3.train.optim import AdamW
+from nano3.train.plan import parameters, training_flops, uses_bf16
+from nano3.train.schedule import learning_rate
+
+PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}  # dense bf16, from the data sheets
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, through no fault of the command line."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    loss: float  # nats per token, over the global batch
+    aux: float  # balance loss, mean over sequences, sum over layers, before its coefficient
+    grad_norm: float
+    tokens: int  # with a loss, over the global batch
+    loads: list[float]  # max over mean expert load, per mixture layer
+    stop: bool  # some rank was asked to stop
+
+
+def training_step(
+    model: Nano3,
+    optimizer: AdamW,
+    batches: list[tuple[Tensor, Tensor]],
+    config: Config,
+    mesh: Mesh,
+    lr: float,
+    stop: bool,
+) -> StepReport:
+    """One optimizer step over this rank's micro-batches of a global batch, both of (B, S) ids on the CPU.
+
+    The loss is the sum over all real tokens of the global batch divided by their number, so gradients do not depend
+    on how the batch is cut into micro-batches or ranks.  Raises TrainingError before anything is updated if it is not
+    finite.
+    """
+    model.train()
+    c, device = config.model, mesh.device
+    acc = torch.promote_types(model.embeddings.weight.dtype, torch.float32)
+    tokens = int(all_sum(torch.tensor(sum((y != IGNORE).sum().item() for _, y in batches), device=device), mesh.dp))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, balance loss, ranks asked to stop
+    sums[2] = float(stop)
+    counts = None
+    for x, y in batches:
+        out = model(x.to(device))
+        labels = y.to(device).flatten()
+        weight = torch.full(labels.shape, 1 / max(1, tokens), dtype=acc, device=device)
+        hidden = out.hidden.flatten(0, 1)
+        loss, _ = head_loss(model, hidden, labels, weight, config)
+        sums[0] += loss.detach()
+        if out.balance:
+            aux = torch.stack([b.aux_B.sum() for b in out.balance]).sum() / config.train.global_batch_size
+            sums[1] += aux.detach()
+            loss = loss + c.moe_aux_loss_coeff * aux
+            counts_LE = torch.stack([b.counts_E for b in out.balance])
+            counts = counts_LE if counts is None else counts + counts_LE
+        loss.backward()
+    mean_loss, aux, stops = all_sum(sums, mesh.dp).tolist()
+    if not math.isfinite(mean_loss):
+        raise TrainingError(f"the loss is {mean_loss}")
+    loads = []
+    if counts is not None:
+        counts = all_sum(counts, mesh.dp)
+        loads = (counts.amax(1) / counts.double().mean(1)).tolist()
+        for router, counts_E in zip(model.routers, counts, strict=True):
+            update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
+    grad_norm = optimizer.step(lr, mesh.dp)
+    if not math.isfinite(grad_norm):
+        raise TrainingError(f"the gradient norm is {grad_norm}")
+    return StepReport(mean_loss, aux, grad_norm, tokens, loads, stops > 0)
+
+
+def head_loss(model: Nano3, hidden: Tensor, labels: Tensor, weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """The head and its loss on (T, D): the weighted sum, and the losses of the tokens."""
+    return linear_cross_entropy(
+        hidden,
+        model.lm_head.weight,
+        labels,
+        weight,
+        config.train.loss_chunk_tokens,
+        backend=config.model.kernels.cross_entropy,
+    )
+
+
+class Trainer:
+    """Everything a run owns.  Built without side effects but memory; `run` does the work."""
+
+    def __init__(self, config: Config, name: str, mesh: Mesh) -> None:
+        self.config, self.name, self.mesh = config, name, mesh
+        check_kernels(config, mesh.device)
+        self.tokenizer = load_tokenizer(tokenizer_name(config), config.model.vocab_size)
+        self.lr = learning_rate(config)
+        self.data = load_dataset(config, self.tokenizer)
+        dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
+        self.model = allocate(checkpoint.build(config.model, config.recompute), mesh.device, dtype)
+        self.progress = Progress()
+        self.loaded = self._resumable()
+        if self.loaded is None:
+            initialise(self.model, config.model, config.rng.seed)
+        self.optimizer = AdamW(self.model, config.optimizer)
+        if self.loaded is not None:
+            self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer)
+        self.asked_to_stop = False  # this rank; all stop together at the end of a step that has heard of it
+
+    def _resumable(self) -> str | None:
+        """checkpoint.load, or None when it is the still empty folder that this run saves to (so a job can restart)."""
+        load, save = self.config.checkpoint.load, self.config.checkpoint.save
+        if load is not None and load == save and not any(Path(load).glob("iter_*")):
+            return None
+        return load
+
+    def run(self) -> int:
+        """Train to the end or until asked to stop.  Returns the exit status."""
+        config, total = self.config, self.config.iterations
+        if self.progress.iteration >= total:
+            raise UserError(
+                f"checkpoint.load={self.loaded} is at iteration {self.progress.iteration} of {total}: nothing is left; "
+                f"train on with train.train_iters={self.progress.iteration + total}"
+            )
+        folder = run_folder(config, self.name, self.mesh)
+        self.save_to = Path(config.checkpoint.save or folder / "checkpoints")
+        log = Log(config, folder, total, self.mesh.is_main)
+        if self.mesh.is_main:
+            (folder / "config.yaml").write_text(to_yaml(config))
+        self.saved: Path | None = None
+        self._introduce(log, folder)
+        started, spent, trained, last_eval = time.monotonic(), 0.0, 0, None
+        if config.validation.eval_iters:
+            last_eval = self._evaluate(log)
+        handlers = {s: signal.signal(s, self._asked_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            stop = False
+            while self.progress.iteration < total and not stop:
+                begin = time.monotonic()
+                report, lr = self._step()
+                spent, trained = spent + time.monotonic() - begin, trained + report.tokens
+                iteration = self.progress.iteration
+                left = spent / (iteration - self.first) * (total - iteration)
+                log.step(iteration, self._row(report, lr, time.monotonic() - begin), left)
+                stop = report.stop
+                v, every = config.validation, config.checkpoint.save_interval
+                ended = iteration == total or stop
+                if v.eval_iters and (iteration == total or (v.eval_interval and iteration % v.eval_interval == 0)):
+                    last_eval = self._evaluate(log)
+                if ended or (every and iteration % every == 0):
+                    self._save()
+        finally:
+            for s, handler in handlers.items():
+                signal.signal(s, handler)
+            if log.progress is not None:
+                log.progress.stop()
+        self._summary(log, folder, started, spent, trained, last_eval)
+        log.close()
+        return 0
+
+    def _step(self) -> tuple[StepReport, float]:
+        t, mesh, p = self.config.train, self.mesh, self.progress
+        rows = micro_batches(
+            self.data, "train", p.samples, t.global_batch_size, t.micro_batch_size, mesh.rank, mesh.dp_size
+        )
+        lr = self.lr(p.samples)
+        try:
+            report = training_step(self.model, self.optimizer, list(rows), self.config, mesh, lr, self.asked_to_stop)
+        except TrainingError as error:
+            raise self._diagnosis(str(error)) from None
+        self.progress = Progress(p.iteration + 1, p.samples + t.global_batch_size, p.tokens + report.tokens)
+        return report, lr
+
+    def _diagnosis(self, what: str) -> Exception:
+        """The error for a step that was not finite: which tensors were broken before it, and where to go on from."""
+        bad = [n for n, t in named_tensors(self.model).items() if not torch.isfinite(t).all()]
+        at = self.progress.iteration
+        cause = f"; {len(bad)} tensors hold values that are not finite, the first is {bad[0]}" if bad else ""
+        if at == self.first:
+            where = f"checkpoint.load={self.loaded}" if self.loaded else f"rng.seed={self.config.rng.seed}"
+            return UserError(
+                f"{what} before the first step, starting from {where}{cause}; start from another checkpoint"
+            )
+        resume = f"resume from {self.saved} with " if self.saved else ""
+        return TrainingError(
+            f"{what} at step {at + 1}{cause}; {resume}a lower optimizer.lr than {self.config.optimizer.lr:g}"
+        )
+
+    @torch.inference_mode()
+    def evaluate(self) -> float:
+        """Mean loss per token over the first eval_iters global batches of the validation split, the same every time."""
+        t, mesh = self.config.train, self.mesh
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        for i in range(self.config.validation.eval_iters):
+            batch = (t.global_batch_size, t.micro_batch_size, mesh.rank, mesh.dp_size)
+            for x, y in micro_batches(self.data, "valid", i * t.global_batch_size, *batch):
+                hidden = self.model(x.to(mesh.device)).hidden.flatten(0, 1)
+                labels = y.to(mesh.device).flatten()
+                weight = torch.ones(labels.shape, device=mesh.device)
+                loss, _ = head_loss(self.model, hidden, labels, weight, self.config)
+                sums += torch.stack([loss.double(), (labels != IGNORE).sum().double()])
+        total, tokens = all_sum(sums, mesh.dp).tolist()
+        return total / max(1.0, tokens)
+
+    def _evaluate(self, log: Log) -> float:
+        loss, at = self.evaluate(), self.progress.iteration
+        if not math.isfinite(loss) and at == self.first:
+            raise self._diagnosis(f"the validation loss is {loss}")
+        sample = at > self.first and self.config.validation.sample_tokens and self.mesh.is_main
+        text = self._continuation() if sample else None
+        log.record("valid", at, {"loss": loss, "sample": text})
+        log.say(f"validation after step {at}: loss {loss:.6f} nats per token")
+        if text is not None:
+            log.say("\n".join("    | " + line for line in text.splitlines()))
+        return loss
+
+    def _continuation(self) -> str:
+        v, tokenizer = self.config.validation, self.tokenizer
+        ids = v.sample_prompt
+        if ids is not None:
+            prompt = tokenizer.encode(ids)
+        elif self.config.dataset.name == "embedded":
+            prompt = tokenizer.encode("def ")
+        else:
+            prompt = self.data.sample("valid", 0)[:8].tolist()
+        self.model.eval()
+        options = {"temperature": 0.7, "top_p": 0.95, "seed": self.config.rng.seed, "stop_ids": tokenizer.stop_ids}
+        return tokenizer.decode([*prompt, *generate(self.model, prompt, v.sample_tokens, **options)])
+
+    def _save(self) -> None:
+        if self.mesh.is_main:
+            self.saved = checkpoint.save(self.save_to, self.config, self.model, self.optimizer, self.progress)
+
+    def _asked_to_stop(self, signum: int, _: object) -> None:
+        if self.asked_to_stop:  # twice: at once, then
+            raise KeyboardInterrupt
+        self.asked_to_stop = True
+
+    def _row(self, r: StepReport, lr: float, seconds: float) -> dict[str, object]:
+        speed = r.tokens / seconds
+        row = {"loss": r.loss, "lr": lr, "grad_norm": r.grad_norm, "tokens_per_second": speed, "seconds": seconds}
+        row |= {"samples": self.progress.samples, "tokens": self.progress.tokens}
+        if r.loads:
+            row |= {"balance_loss": r.aux, "balance": max(r.loads), "expert_load_max_over_mean": r.loads}
+        if self.mesh.device.type == "cuda":
+            flops = sum(training_flops(self.config.model, self.config.dataset.seq_length).values())
+            row["tflops"] = flops * speed / self.mesh.world / 1e12
+            gpu = torch.cuda.get_device_name()
+            if (
+                peak := next((v for k, v in PEAK_TFLOPS.items() if k in gpu), None)
+            ) and self.model.lm_head.weight.itemsize == 2:
+                row["mfu"] = row["tflops"] / peak
+            row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return row
+
+    def _introduce(self, log: Log, folder: Path) -> None:
+        self.first = self.progress.iteration
+        config, n = self.config, parameters(self.config.model)
+        precision = str(self.model.lm_head.weight.dtype).removeprefix("torch.")
+        log.say(
+            f"nano3 {self.name}: {n.total:,} parameters, {n.active:,} active per token, {precision} on "
+            f"{self.mesh.world} x {self.mesh.device.type}"
+        )
+        changed = difference(config, self.name)
+        log.say(f"settings beyond the preset: {' '.join(changed) if changed else 'none'}")
+        log.say(
+            f"{config.iterations:,} steps of {config.tokens_per_step:,} tokens from {config.dataset.name}; "
+            f"run folder {folder}; Ctrl-C saves and ends"
+        )
+        if self.loaded is not None:
+            log.say(f"resumed from {self.loaded} at iteration {self.first}")
+
+    def _summary(
+        self, log: Log, folder: Path, started: float, spent: float, trained: int, last_eval: float | None
+    ) -> None:
+        stopped = self.progress.iteration < self.config.iterations
+        wall = time.monotonic() - started
+        log.say()
+        log.say(
+            f"{'stopped' if stopped else 'finished'} at step {self.progress.iteration} of {self.config.iterations}: "
+            f"{trained:,} tokens in {clock(wall)} ({clock(spent)} of it training), {trained / spent:,.0f} tokens/s"
+        )
+        if last_eval is not None and not stopped:
+            log.say(
+                f"final validation loss {last_eval:.6f} nats per token, perplexity {math.exp(min(last_eval, 80)):.3f}"
+            )
+        log.say(f"  checkpoint  {self.saved}")
+        log.say(f"  log         {folder / 'metrics.jsonl'}")
+        log.say(f"  settings    {folder / 'config.yaml'}")
+        log.say("next:")
+        if stopped:
+            log.say(
+                f"  python train.py --mode pretrain --preset {self.name} --config-file {folder / 'config.yaml'} "
+                f"checkpoint.load={self.save_to}"
+            )
+        prompt = '"def "' if self.config.dataset.name == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
+        log.say(f"  python -m nano3.model.generate --checkpoint {self.save_to} --prompt {prompt}")
+
+
+def check_kernels(config: Config, device: torch.device) -> None:
+    """Raise UserError if a Triton kernel is asked for where none can run."""
+    for name, backend in vars(config.model.kernels).items():
+        if backend == "triton" and (device.type != "cuda" or triton is None) and not INTERPRET:
+            raise UserError(
+                f"model.kernels.{name}=triton needs a CUDA device and the triton package; use model.kernels.{name}=auto"
+            )
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of returning it to the system.
+
+    By default each tensor above a few hundred kB is mapped, faulted in page by page and unmapped again: a fifth of
+    the time of a small model on a CPU.  Does nothing where the C library is another.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
+            libc.mallopt(option, value)
+
+
+def run_folder(config: Config, name: str, mesh: Mesh) -> Path:
+    """logger.run_dir, or runs/NAME, numbered so that no earlier run is written over."""
+    folder = Path(config.logger.run_dir or f"runs/{name}")
+    if config.logger.run_dir is None:
+        n = 1
+        while folder.exists():
+            n += 1
+            folder = Path(f"runs/{name}-{n}")
+    if mesh.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"logger.run_dir={folder}: cannot be created: {error}") from None
+    return folder

@@ -1,0 +1,48 @@
+"""Seeds, the skip of GPU tests, and a runner for several ranks.
+
+An unrelated PyPI package called `kernels` would shadow ours: do not install it beside this project.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)  # the tensors are small; threads that wait for each other make a busy machine crawl
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def run_script():
+    """Run `python ARGS…` from the project's root; returns the finished process with its text."""
+
+    def run(*args: str, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable]
+        if ranks > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            command += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [*command, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False
+        )
+
+    return run

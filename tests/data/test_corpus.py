@@ -1,0 +1,110 @@
+"""Data: batches depend on (seed, step) alone; the splits do not meet; tokenizers come back to the text."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from nano3.config import UserError
+from nano3.data.corpus import EmbeddedText, MockTokens, load_dataset
+from nano3.data.loader import micro_batches
+from nano3.data.tokenizer import ByteTokenizer, load_tokenizer
+from tests.train.small import small
+
+
+@pytest.fixture(scope="module")
+def text() -> EmbeddedText:
+    return EmbeddedText(ByteTokenizer(), 128, seed=1)
+
+
+def test_embedded_text_is_python_and_split(text: EmbeddedText) -> None:
+    assert len(text.tokens["train"]) > 2_000_000
+    assert 0.02 < len(text.tokens["valid"]) / len(text.tokens["train"]) < 0.15
+    raw = bytes(text.tokens["train"].astype(np.uint8))
+    assert b"import os" in raw
+    files = [set(bytes(t.astype(np.uint8)).split(b"\0")) for t in text.tokens.values()]
+    assert {f for f in files[0] & files[1] if len(f) > 200} == set()  # no file stands on both sides
+
+
+def test_every_window_once_per_epoch_then_in_another_order(text: EmbeddedText) -> None:
+    windows = (len(text.tokens["train"]) - 1) // 128 - 1
+    fresh = EmbeddedText(ByteTokenizer(), 128, seed=1)
+    starts = []
+    for epoch in range(2):
+        fresh.sample("train", epoch * windows)
+        starts.append(fresh._order[1])
+        assert sorted(starts[-1]) == list(range(windows))
+    assert not np.array_equal(*starts)
+    assert np.array_equal(
+        text.sample("train", windows + 5), fresh.sample("train", windows + 5)
+    )  # in any order of asking
+    other = EmbeddedText(ByteTokenizer(), 128, seed=2)
+    assert not np.array_equal(other.sample("train", 0), text.sample("train", 0))
+    assert np.array_equal(other.sample("valid", 3), text.sample("valid", 3))  # every run is measured on the same text
+
+
+@pytest.mark.parametrize("name", ["embedded", "mock"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_global_batch_does_not_depend_on_ranks_or_micro_batches(name: str, ranks: int) -> None:
+    config = small(f"dataset={name}")
+    data = load_dataset(config, ByteTokenizer())
+    whole = [torch.cat(t) for t in zip(*micro_batches(data, "train", 24, 8, 8, 0, 1), strict=True)]
+    assert torch.equal(whole[0][:, 1:], whole[1][:, :-1])
+    for micro in (1, 2):
+        parts = [
+            torch.cat([b[side] for r in range(ranks) for b in micro_batches(data, "train", 24, 8, micro, r, ranks)])
+            for side in (0, 1)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+
+
+def test_mock_is_a_pattern_of_any_length() -> None:
+    for length in (2, 5000):
+        data = MockTokens(100, length, seed=3)
+        row = data.sample("train", 7)
+        assert row.shape == (length + 1,)
+        assert set(np.diff(row) % 100) == {(row[1] - row[0]) % 100}
+        assert np.array_equal(row, MockTokens(100, length, seed=3).sample("train", 7))
+        assert not np.array_equal(row, data.sample("valid", 7))
+
+
+def test_windows_longer_than_the_text_are_refused() -> None:
+    with pytest.raises(UserError, match="dataset=mock"):
+        EmbeddedText(ByteTokenizer(), 1 << 30, seed=0)
+
+
+def test_byte_tokenizer_round_trip() -> None:
+    t = load_tokenizer("bytes", 256)
+    for sample in ("", "def f(x):\n\treturn x", "naïve 日本語 🙂"):
+        assert t.decode(t.encode(sample)) == sample
+    with pytest.raises(UserError, match=r"model\.vocab_size=100"):
+        load_tokenizer("bytes", 100)
+
+
+def test_hugging_face_tokenizer_from_a_file_and_a_folder(tmp_path: Path) -> None:
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "def": 1, "x": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    t = load_tokenizer(str(tmp_path / "tokenizer.json"), 256)
+    assert (t.encode("def x y"), t.vocab_size) == ([1, 2, 0], 3)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert load_tokenizer(str(tmp_path), 256).encode("x def") == [2, 1]
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", "not json"])
+def test_a_path_that_is_no_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.tokenizer_model=.*tokenizer\.json"):
+        load_tokenizer(str(path), 256)
+
+
+def test_bare_ids() -> None:
+    t = load_tokenizer("none", 50)
+    assert t.encode("3 4") == [3, 4]
+    for bad in ("x", "3 50", "-1"):
+        with pytest.raises(UserError, match="prompt"):
+            t.encode(bad)

@@ -1,0 +1,81 @@
+"""A packed row of documents equals its documents run alone: losses and every gradient, in float64.
+
+Boundaries fall off the chunk grid, documents are as short as one token, and no state may cross: not in the convolution,
+not in the scan, not in attention.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from nano3.config import ModelConfig
+from nano3.model.model import Nano3
+from tests.oracles import GOLDEN, fill_by_hash, our_model, relative
+
+LENGTHS = [[1, 5, 16, 1, 1, 23, 7], [17, 1, 15, 16, 4, 1], [1] * 20, [54], [3, 51]]
+
+
+def next_tokens(document: Tensor) -> Tensor:
+    return torch.cat([document[1:], torch.tensor([IGNORE])])
+
+
+def loss_of(model: Nano3, tokens: Tensor, labels: Tensor, seq_idx: Tensor | None) -> tuple[Tensor, Tensor]:
+    hidden = model(tokens, seq_idx).hidden.flatten(0, 1)
+    weight = torch.full(labels.flatten().shape, 0.1, dtype=hidden.dtype)
+    return linear_cross_entropy(hidden, model.lm_head.weight, labels.flatten(), weight, chunk=7)
+
+
+def gradients(model: Nano3) -> dict[str, Tensor]:
+    out = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return out
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda v: "-".join(map(str, v)))
+@pytest.mark.parametrize(
+    "recompute", [frozenset(), frozenset({"mamba", "moe", "attention", "mlp"})], ids=["keep", "recompute"]
+)
+def test_packed_row_equals_its_documents(lengths: list[int], recompute: frozenset[str]) -> None:
+    config = ModelConfig(**{**vars(GOLDEN), "hybrid_override_pattern": "MEM*-E"})
+    model = fill_by_hash(our_model(config, torch.float64, recompute)).train()
+    documents = [torch.randint(128, (n,)) for n in lengths]
+    labels = torch.cat([next_tokens(d) for d in documents])
+    seq_idx = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+    total, losses = loss_of(model, torch.cat(documents)[None], labels, seq_idx[None])
+    total.backward()
+    packed = gradients(model)
+
+    alone = []
+    for d in documents:
+        loss, each = loss_of(model, d[None], next_tokens(d), None)
+        loss.backward()
+        alone.append(each)
+    assert (losses - torch.cat(alone)).abs().max().item() <= 1e-10
+    truth = gradients(model)
+    assert set(packed) == set(truth)
+    largest = max(t.norm() for t in truth.values())
+    for name in truth:
+        if truth[name].norm() < 1e-12 * largest:  # one-token documents: q and k have no gradient at all
+            assert packed[name].norm() <= 1e-12 * largest, name
+        else:
+            assert relative(packed[name], truth[name]) <= 1e-10, name
+
+
+def test_two_packed_rows_with_different_boundaries() -> None:
+    model = fill_by_hash(our_model(GOLDEN, torch.float64)).eval()
+    tokens = torch.randint(128, (2, 40))
+    seq_idx = torch.stack([torch.arange(40) // 13, torch.arange(40) // 21])
+    both = model(tokens, seq_idx).hidden
+    for row in range(2):
+        assert relative(both[row : row + 1], model(tokens[row : row + 1], seq_idx[row : row + 1]).hidden) <= 1e-12
+
+
+def test_a_boundary_matters() -> None:
+    model = fill_by_hash(our_model(GOLDEN, torch.float64)).eval()
+    tokens = torch.randint(128, (1, 20))
+    with_boundary = model(tokens, (torch.arange(20) >= 9).long()[None]).hidden
+    without = model(tokens).hidden
+    assert relative(with_boundary[:, :9], without[:, :9]) <= 1e-12
+    assert relative(with_boundary[:, 9:], without[:, 9:]) > 1e-2

@@ -1,0 +1,237 @@
+"""The loop: what a step computes, what a run leaves behind, how it stops."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from nano3.config import KINDS, UserError
+from nano3.data.loader import micro_batches
+from nano3.model.moe import sequence_balance_loss
+from nano3.train import checkpoint
+from nano3.train.loop import TrainingError, training_step
+from tests.conftest import ROOT
+from tests.train.small import ALONE, SHRINK, trainer
+
+
+def batches(t, first=0):
+    c = t.config.train
+    return list(micro_batches(t.data, "train", first, c.global_batch_size, c.micro_batch_size, 0, 1))
+
+
+def gradients_of_a_step(t, rows) -> dict[str, torch.Tensor]:
+    kept = {}
+    t.optimizer.step = lambda lr, group=None: (kept.update({n: p.grad for n, p in t.model.named_parameters()}), 0.0)[1]
+    training_step(t.model, t.optimizer, rows, t.config, ALONE, 0.0, False)
+    return kept
+
+
+def test_gradient_of_a_step_is_the_plain_formula() -> None:
+    """Mean token loss plus the coefficient times the mean balance loss of each layer, by autograd on whole logits."""
+    t = trainer("model.moe_aux_loss_coeff=0.5", "train.micro_batch_size=4", "model.hybrid_override_pattern=MEE*")
+    (x, y), *_ = rows = batches(t)
+    t.model.train()
+    out = t.model(x)
+    loss = F.cross_entropy(t.model.logits(out.hidden).flatten(0, 1), y.flatten())
+    loss = loss + 0.5 * sum(b.aux_B.mean() for b in out.balance)
+    truth = dict(zip(dict(t.model.named_parameters()), torch.autograd.grad(loss, [*t.model.parameters()]), strict=True))
+    for n, g in gradients_of_a_step(t, rows).items():
+        assert torch.allclose(g, truth[n], rtol=1e-4, atol=1e-7), n
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_micro_batches_do_not_change_the_gradient(micro: int) -> None:
+    t = trainer(f"train.micro_batch_size={micro}")
+    whole = trainer("train.micro_batch_size=4")
+    got, truth = gradients_of_a_step(t, batches(t)), gradients_of_a_step(whole, batches(whole))
+    for n in truth:
+        assert torch.allclose(got[n], truth[n], rtol=1e-4, atol=1e-7), n
+
+
+def test_masked_tokens_have_no_loss_and_do_not_count() -> None:
+    t = trainer("model.moe_aux_loss_coeff=0", "train.micro_batch_size=4")
+    (x, y), *_ = batches(t)
+    y[:, ::3] = -100
+    y[1] = -100
+    logits = t.model.train().logits(t.model(x).hidden).flatten(0, 1)
+    truth = torch.autograd.grad(F.cross_entropy(logits, y.flatten()), [*t.model.parameters()])  # mean over the unmasked
+    for (n, g), expected in zip(gradients_of_a_step(t, [(x, y)]).items(), truth, strict=True):
+        assert torch.allclose(g, expected, rtol=1e-4, atol=1e-7), n
+
+
+def test_selection_bias_moves_once_per_step_by_the_counts_of_the_whole_step() -> None:
+    t = trainer("model.moe_router_bias_update_rate=0.25", "train.micro_batch_size=1", "train.recompute=full")
+    t.model.train()
+    counts = sum(t.model(x).balance[0].counts_E for x, _ in batches(t))
+    training_step(t.model, t.optimizer, batches(t), t.config, ALONE, 0.0, False)
+    expected = 0.25 * torch.sign(counts.double().mean() - counts)
+    assert torch.equal(t.model.routers[0].e_score_correction_bias, expected.float())
+
+
+def test_balance_loss_is_one_at_perfect_balance_and_its_gradient_flows_through_scores() -> None:
+    even = torch.full((2, 8, 4), 0.5, dtype=torch.float64)
+    for t in range(8):
+        even[:, t, [t % 4, (t + 1) % 4]] += 1e-9  # a choice, without changing the scores
+    assert sequence_balance_loss(even, 2).tolist() == pytest.approx([1, 1], abs=1e-7)
+    scores = torch.rand(1, 6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: sequence_balance_loss(s, 2), scores)
+
+
+@pytest.mark.parametrize("kinds", ["full", "[mamba]", "[moe,attention]"])
+def test_recompute_gives_the_same_gradients_and_keeps_less(kinds: str) -> None:
+    def kept_bytes(t) -> int:
+        seen = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (seen.__setitem__(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()), x)[1],
+            lambda x: x,
+        ):
+            t.model(batches(t)[0][0])
+        return sum(seen.values())
+
+    plain, less = trainer(), trainer(f"train.recompute={kinds}")
+    truth = gradients_of_a_step(plain, batches(plain))
+    for n, g in gradients_of_a_step(less, batches(less)).items():
+        assert torch.equal(g, truth[n]), n
+    assert kept_bytes(less) < kept_bytes(plain)
+    assert less.config.recompute <= set(KINDS.values())
+
+
+def test_a_run_learns_and_leaves_a_log_settings_and_a_checkpoint(tmp_path: Path) -> None:
+    t = trainer(f"logger.run_dir={tmp_path}", "train.train_iters=60", "optimizer.lr=1e-2", "train.global_batch_size=16")
+    before = t.evaluate()
+    assert t.run() == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [r for r in rows if r["kind"] == "train"]
+    assert [r["iteration"] for r in steps] == list(range(1, 61))
+    assert all(math.isfinite(r["loss"]) and r["tokens_per_second"] > 0 and r["balance"] >= 1 for r in steps)
+    assert steps[-1]["tokens"] == 60 * 16 * 24
+    last = [r for r in rows if r["kind"] == "valid"][-1]
+    assert last["loss"] < before - 1
+    restored, config = checkpoint.load_model(str(tmp_path), "test", torch.device("cpu"))
+    assert config == t.config
+    for a, b in zip(restored.parameters(), t.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_is_bitwise(tmp_path: Path) -> None:
+    straight = trainer(f"logger.run_dir={tmp_path / 'a'}")
+    straight.run()
+    half = trainer(f"logger.run_dir={tmp_path / 'b'}", "checkpoint.save_interval=3")
+    half.run()
+    earlier = tmp_path / "b" / "checkpoints" / "iter_0000003"
+    resumed = trainer(f"logger.run_dir={tmp_path / 'c'}", f"checkpoint.load={earlier}")
+    assert resumed.progress.iteration == 3
+    resumed.run()
+    for a, b in zip(straight.model.state_dict().values(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    ours, theirs = straight.optimizer.state(), resumed.optimizer.state()
+    assert all(torch.equal(theirs[k], v) for k, v in ours.items())
+    losses = [
+        [json.loads(x)["loss"] for x in (tmp_path / d / "metrics.jsonl").read_text().splitlines() if '"train"' in x]
+        for d in "ac"
+    ]
+    assert losses[0][3:] == losses[1]
+
+
+def test_a_job_that_saves_where_it_loads_can_start_and_restart(tmp_path: Path) -> None:
+    same = [f"checkpoint.save={tmp_path}/ck", f"checkpoint.load={tmp_path}/ck", f"logger.run_dir={tmp_path}/run"]
+    trainer(*same, "train.train_iters=3").run()
+    again = trainer(*same, "train.train_iters=5")
+    assert again.progress.iteration == 3
+    again.run()
+    with pytest.raises(UserError, match="nothing is left to do"):
+        trainer(*same, "train.train_iters=5").run()
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "pointer"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    trainer(f"logger.run_dir={tmp_path}", "train.train_iters=3").run()
+    folder = tmp_path / "checkpoints" / "iter_0000003"
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    if damage == "truncate":
+        file.write_bytes(data[:-1])
+    elif damage == "flip":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "manifest":
+        (folder / "manifest.json").write_text("{")
+    else:
+        (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("7")
+    with pytest.raises(UserError, match=r"iter_|manifest"):
+        trainer(f"checkpoint.load={tmp_path}/checkpoints")
+
+
+def test_a_checkpoint_of_another_geometry_is_refused(tmp_path: Path) -> None:
+    trainer(f"logger.run_dir={tmp_path}", "train.train_iters=3").run()
+    with pytest.raises(UserError, match="does not fit the model"):
+        trainer(f"checkpoint.load={tmp_path}", "model.head_dim=16")
+
+
+def corrupted(tmp_path: Path) -> Path:
+    trainer(f"logger.run_dir={tmp_path}", "train.train_iters=3").run()
+    folder = tmp_path / "checkpoints" / "iter_0000003"
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layers.1.mixer.experts.up_proj"][2, 1, 3] = math.nan
+    save_file(tensors, folder / "model.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["files"]["model.safetensors"]
+    entry["sha256"] = checkpoint._digest(folder / "model.safetensors")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_corrupted_weight_is_found_at_the_first_step(tmp_path: Path, run_script) -> None:
+    folder = corrupted(tmp_path)
+    done = run_script(
+        *("train.py", "--mode", "pretrain", "--preset", "tiny", *SHRINK),
+        *(f"checkpoint.load={folder}", f"logger.run_dir={tmp_path / 'b'}"),
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "layers.1.mixer.experts.up_proj" in done.stderr
+    assert str(folder) in done.stderr
+
+
+def test_divergence_later_ends_the_run_and_names_the_checkpoint(tmp_path: Path) -> None:
+    t = trainer(f"logger.run_dir={tmp_path}", "checkpoint.save_interval=2", "train.train_iters=20")
+    original, calls = t._step, []
+
+    def step():
+        calls.append(1)
+        if len(calls) == 4:
+            with torch.no_grad():
+                t.model.lm_head.weight[0, 0] = math.inf
+        return original()
+
+    t._step = step
+    with pytest.raises(TrainingError, match=r"step 4.*iter_0000002"):
+        t.run()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_ends_cleanly(tmp_path: Path, sig: signal.Signals) -> None:
+    command = [sys.executable, "train.py", "--mode", "pretrain", "--preset", "tiny", *SHRINK]
+    command += ["train.train_iters=100000", f"logger.run_dir={tmp_path}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step") and " 4/" in line:
+            process.send_signal(sig)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in rest
+    assert "stopped at step" in rest
+    resume = next(line for line in rest.splitlines() if "checkpoint.load=" in line)
+    assert "train.py" in resume
+    assert checkpoint.find(tmp_path, "test").name.startswith("iter_")

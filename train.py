@@ -1,0 +1,60 @@
+"""Train a Nemotron 3 Nano.
+
+python train.py --mode pretrain --preset tiny                                          one process, any machine
+torchrun --nproc-per-node=8 train.py --mode pretrain --preset ladder-1b                one process per GPU
+python train.py --mode pretrain --preset tiny optimizer.lr=1e-3 train.train_iters=50   any setting as section.key=value
+"""
+
+import os
+import sys
+
+from nano3.cli import parser, resolve
+from nano3.config import UserError
+
+
+def main() -> int:
+    world, rank, local_rank, ranks_here = (
+        int(os.environ.get(k, d))
+        for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    args = parser().parse_args()
+    try:
+        config, name = resolve(args)
+        import torch  # after the command line is known to be sound: it takes seconds
+
+        from nano3.train.plan import check_fits, report, uses_bf16
+
+        gpu = config.train.device != "cpu" and torch.cuda.is_available()
+        device_type = "cuda" if gpu else "cpu"
+        if args.dry_run:
+            print(report(config, name, world, uses_bf16(config, device_type)))
+            return 0
+        check_fits(config, name, world, device_type, ranks_here)
+        from nano3.parallel.mesh import check_layout
+
+        check_layout(config, world)
+    except UserError as error:  # every rank comes to the same conclusion; one of them says it
+        if rank == 0:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+
+    from nano3.parallel.mesh import create_mesh
+    from nano3.train.loop import Trainer, TrainingError, keep_freed_memory
+
+    try:
+        if device_type == "cpu":
+            keep_freed_memory()
+        return Trainer(config, name, create_mesh(config, world, rank, local_rank)).run()
+    except (UserError, TrainingError) as error:
+        print(f"train.py: error: {f'rank {rank}: ' if world > 1 else ''}{error}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("train.py: stopped at once, nothing saved since the last checkpoint", file=sys.stderr)
+        return 130
+    finally:
+        if world > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
