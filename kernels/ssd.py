@@ -183,11 +183,10 @@ def ssd(
     seq_idx: (B, S) integers, the document of each token, non-decreasing along a row; initial_state: (B, H, P, N),
     belonging to the document of the first token.  Any S.  Returns y (B, S, H, P) in x's dtype and the state after the
     last token, (B, H, P, N) in fp32 (float64 for float64), both differentiable in every tensor argument.
-    backend:
-    "auto", "triton" or "torch" (`kernels._common.use_triton`).  The kernels need x, B and C in one dtype, P at most
-    128 and N at most 256, else PyTorch runs.  They read any strides whose last is 1, run the same sums in the same
+    backend: "auto", "triton" or "torch" (`kernels._common.use_triton`).  The kernels need x, B and C in one dtype, P at
+    most 128 and N at most 256, else PyTorch runs.  They read any strides whose last is 1, run the same sums in the same
     order every time, and move 47 kB a token forward, 120 kB backward at H = 64, P = 64, G = 8, N = 128 in bf16: bound
-    by memory. Raises ValueError if H is not a multiple of G or S is zero.
+    by memory.  Raises ValueError if H is not a multiple of G or S is zero.
     """
     if x.shape[2] % B.shape[2]:
         raise ValueError(f"ssd: {x.shape[2]} heads are not a multiple of {B.shape[2]} groups")

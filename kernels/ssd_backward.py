@@ -31,6 +31,7 @@ from kernels.ssd_forward import (
     KINDS,
     LARGEST,
     MIDDLE,
+    PRECISION,
     SOURCE,
     STEP,
     TINY,
@@ -103,17 +104,19 @@ def _dx_block(
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
         match = idx[:, None] == idx[None, :]
         visible = visible & match
-    BC = tl.dot(B, tl.trans(C), input_precision="ieee")  # [R, N] @ [N, R]
+    BC = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # [R, N] @ [N, R]
     own = tl.sum(tl.where(diagonal, BC, 0.0), axis=1)
     BC = tl.where(visible, BC, 0.0)
     dBC = tl.zeros([R, R], dtype=tl.float32)
     down = tl.zeros([R], dtype=tl.float32)  # its diagonal, by itself: there a - log2(dt) would lose digits of dt
     if FIRST:
         C_right = load_rows(C_ptr, later, C_token, S, r, n, N)
+        BC_right = tl.dot(B, tl.trans(C_right), input_precision=PRECISION)  # [R, N] @ [N, R]
         dBC_right = tl.zeros([R, R], dtype=tl.float32)
         if HAS_IDX:
             idx_right = tl.load(idx_ptr + later + r, mask=r < S - later, other=-1)
             match_right = idx[:, None] == idx_right[None, :]
+            BC_right = tl.where(match_right, BC_right, 0.0)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     real = (r < S - start)[:, None]
     if P != BLOCK_P:
@@ -125,47 +128,41 @@ def _dx_block(
         p_f = flows_ptr + vector * (FLOWS * Q) + half + r
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
         # Registers are scarce: values are loaded where they are used, sums of M come before the product that needs the
-        # mixing tile, the block to the right before anything else that adds to dx, and its C B^T is made again here.
+        # mixing tile, and the state's share is added to dx last.
+        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
+        a = tl.load(p_v + DECAY * Q)
+        source = tl.load(p_v + SOURCE * Q)
+        G = tl.dot(x, tl.trans(dy), input_precision=PRECISION)  # [j, i]: [R, P] @ [P, R]
+        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
+        L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
+        dBC += G * L
+        L = BC * L
+        G = G * L  # M
+        columns = tl.sum(G, axis=1)
+        tl.store(p_f + NET * Q, tl.sum(G, axis=0) - columns)
+        dx = tl.dot(L.to(x.dtype), dy, input_precision=PRECISION)  # [R, R] @ [R, P]
+        step = tl.load(p_v + STEP * Q)
+        D = tl.load(D_ptr + h).to(tl.float32)
+        dx += dy.to(tl.float32) * (own * step + D)[:, None]
+        down += skip * step
         if FIRST:
             before = tl.load(p_v + MIDDLE * Q)
             after = tl.load(p_v + (MIDDLE * Q + R))
             dy_right = load_rows(dy_ptr + h * P, later, H * P, S, r, p, P)
-            L = before[:, None] * after[None, :]
-            G = tl.dot(x, tl.trans(dy_right), input_precision="ieee") * L  # [j, i]: [R, P] @ [P, R]
+            G = tl.dot(x, tl.trans(dy_right), input_precision=PRECISION) * before[:, None] * after[None, :]
             dBC_right += G
-            BC_right = tl.dot(B, tl.trans(C_right), input_precision="ieee")  # [R, N] @ [N, R]
-            if HAS_IDX:
-                BC_right = tl.where(match_right, BC_right, 0.0)
-            G = G * BC_right  # M
+            G = G * BC_right
             crossing = tl.sum(G, axis=1)
+            columns += crossing
             tl.store(p_f + ACROSS * Q, crossing)
             tl.store(p_f + (ACROSS * Q + R), tl.sum(G, axis=0))
-            L = L * BC_right
-            dx = tl.dot(L.to(x.dtype), dy_right, input_precision="ieee")  # [R, R] @ [R, P]
-        else:
-            dx = tl.zeros([R, BLOCK_P], dtype=tl.float32)
-            crossing = tl.zeros([R], dtype=tl.float32)
+            L = BC_right * before[:, None] * after[None, :]
+            dx = tl.dot(L.to(x.dtype), dy_right, dx, input_precision=PRECISION)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
         to_end = tl.load(p_v + TO_END * Q)
-        dx += tl.dot(B, tl.trans(dstate), input_precision="ieee") * to_end[:, None]  # [R, N] @ [N, P]
-        step = tl.load(p_v + STEP * Q)
-        D = tl.load(D_ptr + h).to(tl.float32)
-        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
-        dx += dy.to(tl.float32) * (own * step + D)[:, None]
-        a = tl.load(p_v + DECAY * Q)
-        source = tl.load(p_v + SOURCE * Q)
-        G = tl.dot(x, tl.trans(dy), input_precision="ieee")
-        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
-        L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
-        dBC += G * L
-        down += skip * step
-        L = BC * L
-        G = G * L
-        columns = tl.sum(G, axis=1)
-        tl.store(p_f + NET * Q, tl.sum(G, axis=0) - columns)
-        dx = tl.dot(L.to(x.dtype), dy, dx, input_precision="ieee")
+        dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * to_end[:, None]  # [R, N] @ [N, P]
         inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
-        tl.store(p_f + DIRECT * Q, (columns + crossing) * inverse + own * skip)
+        tl.store(p_f + DIRECT * Q, columns * inverse + own * skip)
         tl.store(p_f + SKIP * Q, skip)
         tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + (r[:, None] * (H * P) + p[None, :]), dx, mask=real)
     out = dCB_ptr + half * Q + half + r[:, None] * Q + r[None, :]
@@ -282,11 +279,11 @@ def _dB_block(
     start = begin + half
     dCB = tl.load(dCB_ptr + (half + r)[:, None] * Q + half + r[None, :])  # [j, i]
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
-    dB = tl.dot(dCB, C, input_precision="ieee")  # [R, R] @ [R, N]
+    dB = tl.dot(dCB, C, input_precision=PRECISION)  # [R, R] @ [R, N]
     if FIRST:
         dCB = tl.load(dCB_ptr + r[:, None] * Q + R + r[None, :])
         C = load_rows(C_ptr, begin + R, C_token, S, r, n, N)
-        dB = tl.dot(dCB, C, dB, input_precision="ieee")
+        dB = tl.dot(dCB, C, dB, input_precision=PRECISION)
     B = load_rows(B_ptr, start, B_token, S, r, n, N)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     for k in tl.range(0, SHARE, num_stages=STAGES):
@@ -295,7 +292,7 @@ def _dB_block(
         to_end = tl.load(vectors_ptr + vector * (KINDS * Q) + (TO_END * Q + half) + r)
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)
         dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        part = tl.dot(x, dstate, input_precision="ieee") * to_end[:, None]  # [R, P] @ [P, N]
+        part = tl.dot(x, dstate, input_precision=PRECISION) * to_end[:, None]  # [R, P] @ [P, N]
         dB += part
         tl.store(flows_ptr + vector * (FLOWS * Q) + (LEAVE * Q + half) + r, tl.sum(part * B.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
@@ -342,11 +339,11 @@ def _dC_block(
     # Read as [i, j]: the transposition is in the addresses.
     dCB = tl.load(dCB_ptr + half * Q + half + r[:, None] + r[None, :] * Q)
     B = load_rows(B_ptr, start, B_token, S, r, n, N)
-    dC = tl.dot(dCB, B, input_precision="ieee")  # [R, R] @ [R, N]
+    dC = tl.dot(dCB, B, input_precision=PRECISION)  # [R, R] @ [R, N]
     if not FIRST:
         dCB = tl.load(dCB_ptr + half + r[:, None] + r[None, :] * Q)
         B = load_rows(B_ptr, begin, B_token, S, r, n, N)
-        dC = tl.dot(dCB, B, dC, input_precision="ieee")
+        dC = tl.dot(dCB, B, dC, input_precision=PRECISION)
     C = load_rows(C_ptr, start, C_token, S, r, n, N)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     for k in tl.range(0, SHARE, num_stages=STAGES):
@@ -355,7 +352,7 @@ def _dC_block(
         from_start = tl.load(vectors_ptr + vector * (KINDS * Q) + (FROM_START * Q + half) + r)
         dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        part = tl.dot(dy, state, input_precision="ieee") * from_start[:, None]  # [R, P] @ [P, N]
+        part = tl.dot(dy, state, input_precision=PRECISION) * from_start[:, None]  # [R, P] @ [P, N]
         dC += part
         tl.store(flows_ptr + vector * (FLOWS * Q) + (ENTER * Q + half) + r, tl.sum(part * C.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
@@ -585,7 +582,7 @@ def dB_and_dC(
         x, dy, B, C, *steps, states, dstates, dCB, dB, dC, flows, through,
         S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
-        C.stride(2), P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages,
+        C.stride(2), P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.deep,
         num_warps=tiles.warps,
     )  # fmt: skip
     return dB, dC, through

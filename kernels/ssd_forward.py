@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels._common import INTERPRET
 
+PRECISION = tl.constexpr("tf32x3")  # of fp32 products: three tf32 products, right to 2^-21; no matter to bf16
 LOG2E = tl.constexpr(1.4426950408889634)
 TINY = tl.constexpr(1e-37)  # below this a step counts as zero: its logarithm stays finite
 # Rows of `Steps.vectors`, described in `_prepare_kernel`.
@@ -154,6 +155,11 @@ class Tiles(NamedTuple):
     def Q(self) -> int:
         return 2 * self.R
 
+    @property
+    def deep(self) -> int:
+        """Stages of the kernels that hold little else: with one more, two programs still share a multiprocessor."""
+        return self.stages + 1 if self.stages > 1 else 1
+
 
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take."""
@@ -185,7 +191,7 @@ def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
     if cols.shape[0] > COLS or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
         mask = mask & (cols < COLS)[None, :]
     ptr += start.to(tl.int64) * stride
-    return tl.load(ptr + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
+    return tl.load((ptr + rows[:, None] * stride) + cols[None, :], mask=mask, other=0.0)
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -291,7 +297,7 @@ def _states_kernel(
         weight = tl.load(weight_ptr + vector * (KINDS * Q) + q)
         value = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
         state = state * tl.load(keep_ptr + vector)
-        state = tl.dot(value, key, state, input_precision="ieee")  # [P, Q] @ [Q, N]
+        state = tl.dot(value, key, state, input_precision=PRECISION)  # [P, Q] @ [Q, N]
     tl.store(end_ptr + exact, state, mask=real)
 
 
@@ -345,12 +351,12 @@ def _scan_block(
     if HAS_IDX:
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
         visible = visible & (idx[:, None] == idx[None, :])
-    CB = tl.dot(C, tl.trans(B), input_precision="ieee")  # [R, N] @ [N, R]
+    CB = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # [R, N] @ [N, R]
     own = tl.sum(tl.where(r[:, None] == r[None, :], CB, 0.0), axis=1)  # C_i . B_i
     CB = tl.where(visible, CB, 0.0)
     if SECOND:
         B = load_rows(B_ptr, begin, B_token, S, r, n, N)
-        CB_left = tl.dot(C, tl.trans(B), input_precision="ieee")
+        CB_left = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         if HAS_IDX:
             earlier = tl.load(idx_ptr + begin + r, mask=r < S - begin, other=-1)
             CB_left = tl.where(idx[:, None] == earlier[None, :], CB_left, 0.0)
@@ -361,20 +367,20 @@ def _scan_block(
         p_v = vectors_ptr + vector * (KINDS * Q) + half + r
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
         from_start = tl.load(p_v + FROM_START * Q)
-        y = tl.dot(C, tl.trans(state), input_precision="ieee") * from_start[:, None]  # [R, N] @ [N, P]
+        y = tl.dot(C, tl.trans(state), input_precision=PRECISION) * from_start[:, None]  # [R, N] @ [N, P]
         if SECOND:
             x_left = load_rows(x_ptr + h * x_head, begin, x_token, S, r, p, P)
             before = tl.load(p_v + (MIDDLE * Q - R))
             after = tl.load(p_v + MIDDLE * Q)
             mixing = CB_left * (after[:, None] * before[None, :])
-            y = tl.dot(mixing.to(x_left.dtype), x_left, y, input_precision="ieee")  # [R, R] @ [R, P]
+            y = tl.dot(mixing.to(x_left.dtype), x_left, y, input_precision=PRECISION)  # [R, R] @ [R, P]
         x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
         D = tl.load(D_ptr + h).to(tl.float32)
         y += x.to(tl.float32) * (own * tl.load(p_v + STEP * Q) + D)[:, None]
         a = tl.load(p_v + DECAY * Q)
         source = tl.load(p_v + SOURCE * Q)
         mixing = CB * tl.exp2(tl.minimum(a[:, None] - source[None, :], LARGEST))
-        y = tl.dot(mixing.to(x.dtype), x, y, input_precision="ieee")
+        y = tl.dot(mixing.to(x.dtype), x, y, input_precision=PRECISION)
         mask = (r < S - start)[:, None]
         if P != BLOCK_P:
             mask = mask & (p < P)[None, :]
@@ -552,7 +558,7 @@ def carry_states(
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
         C.stride(2), FORWARD=forward, BACKWARD=backward, HAS_FIRST=initial_state is not None, HAS_DLAST=dlast is not
         None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, SPLIT_P=split_p, SPLIT_N=split_n, R=tiles.R,
-        STAGES=tiles.stages + 1 if tiles.stages > 1 else 1, num_warps=4,
+        STAGES=tiles.deep, num_warps=4,
     )  # fmt: skip
     return states, last, dstates, dfirst
 
