@@ -32,7 +32,7 @@ TINY: Preset = {
         "moe_shared_expert_intermediate_size": 256,
         "intermediate_size": 256,
     },
-    "train": {"train_iters": 480, "global_batch_size": 4, "micro_batch_size": 4},
+    "train": {"train_iters": 440, "global_batch_size": 4, "micro_batch_size": 4},
     "dataset": {"name": "embedded", "seq_length": 512},
     "optimizer": {"lr": 4e-3, "min_lr": 0.0},
     "scheduler": {
@@ -41,7 +41,7 @@ TINY: Preset = {
         "lr_wsd_decay_style": "linear",
         "lr_wsd_decay_fraction": 0.9,
     },
-    "validation": {"eval_interval": 120, "eval_iters": 16},
+    "validation": {"eval_interval": 110, "eval_iters": 16},
 }
 
 
