@@ -246,11 +246,11 @@ class Trainer:
         if ids is not None:
             prompt = tokenizer.encode(ids)
         elif self.config.dataset.name == "embedded":
-            prompt = tokenizer.encode("def ")
+            prompt = tokenizer.encode("class Reader:\n    def __init__(self, ")
         else:
             prompt = self.data.sample("valid", 0)[:8].tolist()
         self.model.eval()
-        options = {"temperature": 0.7, "top_p": 0.95, "seed": self.config.rng.seed, "stop_ids": tokenizer.stop_ids}
+        options = {"temperature": 0.8, "top_p": 0.95, "seed": self.config.rng.seed, "stop_ids": tokenizer.stop_ids}
         return tokenizer.decode([*prompt, *generate(self.model, prompt, v.sample_tokens, **options)])
 
     def _save(self) -> None:
