@@ -142,7 +142,6 @@ def validate(config: Config) -> None:
         raise UserError("train: how long? Set train.train_iters, train.train_samples or train.train_tokens")
     for section, key in [
         ("train", "global_batch_size"),
-        ("train", "micro_batch_size"),
         ("train", "loss_chunk_tokens"),
         ("logger", "log_interval"),
     ]:
@@ -158,6 +157,8 @@ def validate(config: Config) -> None:
         _at_least(config, section, key, 0)
     for key in ("tp", "ep", "pp", "cp"):
         _at_least(config, "parallel", key, 1)
+    if t.micro_batch_size is not None:
+        _at_least(config, "train", "micro_batch_size", 1)
     if d.seq_length < 2:
         raise UserError(
             f"dataset.seq_length={d.seq_length}: a sequence needs at least 2 tokens (one to see, one to predict)"

@@ -247,7 +247,7 @@ class TrainConfig:
     train_samples: int | None = None
     train_tokens: int | None = None
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = 1  # sequences a rank computes at once
+    micro_batch_size: int | None = 1  # sequences a rank computes at once; None: its whole share of the batch
     precision: str = "auto"  # bf16 (fp32 masters), fp32, or auto: bf16 on a GPU, fp32 on a CPU
     recompute: Any = "none"  # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]
     loss_chunk_tokens: int = 2048  # logits exist for this many tokens at a time
@@ -354,6 +354,10 @@ class Config:
         t = self.train
         samples = t.train_samples if t.train_tokens is None else t.train_tokens // self.dataset.seq_length
         return t.train_iters if samples is None else samples // t.global_batch_size
+
+    def micro_batch(self, dp: int) -> int:
+        """Sequences that one of `dp` data-parallel ranks computes at once."""
+        return self.train.micro_batch_size or max(1, self.train.global_batch_size // dp)
 
     @property
     def recompute(self) -> frozenset[str]:

@@ -32,7 +32,7 @@ TINY: Preset = {
         "moe_shared_expert_intermediate_size": 256,
         "intermediate_size": 256,
     },
-    "train": {"train_iters": 440, "global_batch_size": 4, "micro_batch_size": 4},
+    "train": {"train_iters": 440, "global_batch_size": 4, "micro_batch_size": None},
     "dataset": {"name": "embedded", "seq_length": 512},
     "optimizer": {"lr": 4e-3, "min_lr": 0.0},
     "scheduler": {

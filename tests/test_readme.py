@@ -6,6 +6,7 @@ import pytest
 
 from nano3.cli import parser, resolve
 from nano3.config import UserError
+from nano3.parallel.mesh import check_layout
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -23,8 +24,10 @@ def test_every_path_that_it_links_exists() -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
 def test_every_training_command_is_accepted(command: str) -> None:
     args = command.split("#")[0].split("train.py", 1)[1].split()
+    ranks = re.search(r"--nproc-per-node=(\d+)", command)
     try:
-        resolve(parser().parse_args(args))
+        config, _ = resolve(parser().parse_args(args))
+        check_layout(config, int(ranks.group(1)) if ranks else 1)
     except UserError as error:
         pytest.fail(f"{command}: {error}")
 

@@ -37,12 +37,12 @@ def check_layout(config: Config, world: int) -> None:
                 f"parallel.{axis}={size} is not available in this version, which is data parallel only; "
                 f"set parallel.{axis}=1 and start one rank per GPU with torchrun"
             )
-    if t.global_batch_size % (t.micro_batch_size * world):
-        per = t.micro_batch_size * world
+    micro = t.micro_batch_size or 1
+    if t.global_batch_size % (per := micro * world):
         near = max(per, round(t.global_batch_size / per) * per)
         raise UserError(
             f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{t.micro_batch_size} x {world} data-parallel rank{'s' * (world > 1)}; "
+            f"{micro} x {world} data-parallel rank{'s' * (world > 1)}; "
             f"use train.global_batch_size={near}, or another train.micro_batch_size"
         )
 

@@ -118,6 +118,7 @@ class Trainer:
     def __init__(self, config: Config, name: str, mesh: Mesh) -> None:
         self.config, self.name, self.mesh = config, name, mesh
         check_kernels(config, mesh.device)
+        self.micro = config.micro_batch(mesh.dp_size)
         self.tokenizer = load_tokenizer(tokenizer_name(config), config.model.vocab_size)
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
@@ -185,9 +186,7 @@ class Trainer:
 
     def _step(self) -> tuple[StepReport, float]:
         t, mesh, p = self.config.train, self.mesh, self.progress
-        rows = micro_batches(
-            self.data, "train", p.samples, t.global_batch_size, t.micro_batch_size, mesh.rank, mesh.dp_size
-        )
+        rows = micro_batches(self.data, "train", p.samples, t.global_batch_size, self.micro, mesh.rank, mesh.dp_size)
         lr = self.lr(p.samples)
         try:
             report = training_step(self.model, self.optimizer, list(rows), self.config, mesh, lr, self.asked_to_stop)
@@ -218,7 +217,7 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         for i in range(self.config.validation.eval_iters):
-            batch = (t.global_batch_size, t.micro_batch_size, mesh.rank, mesh.dp_size)
+            batch = (t.global_batch_size, self.micro, mesh.rank, mesh.dp_size)
             for x, y in micro_batches(self.data, "valid", i * t.global_batch_size, *batch):
                 hidden = self.model(x.to(mesh.device)).hidden.flatten(0, 1)
                 labels = y.to(mesh.device).flatten()

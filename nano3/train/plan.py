@@ -97,7 +97,7 @@ def memory(config: Config, world: int, bf16: bool) -> Memory:
     sharded = p.tp * p.ep * p.pp > 1
     dp = max(1, world // (p.tp * p.pp * p.cp)) if sharded else 1
     edp = max(1, world // (p.ep * p.pp)) if sharded else 1
-    tokens = config.train.micro_batch_size * config.dataset.seq_length / p.tp / p.cp
+    tokens = config.micro_batch(max(1, world // (p.tp * p.pp * p.cp))) * config.dataset.seq_length / p.tp / p.cp
     kept = sum(
         activation_bytes(c, kind, config.dataset.seq_length, bf16, kind_name in config.recompute)
         for kind, kind_name in (
