@@ -12,6 +12,20 @@ from nano3.cli import parser, resolve
 from nano3.config import UserError
 
 
+def leave(status: int) -> None:
+    """End the process; a rank of several without Python's finalisation.
+
+    The communication threads may still let go of their last tensors then, for which they need the interpreter: Python
+    before 3.14 ends such a thread in a way that aborts the whole process ("terminate called without an active
+    exception"), and torchrun would call a finished run a failure.  Logs and checkpoints are closed by now.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def main() -> int:
     world, rank, local_rank, ranks_here = (
         int(os.environ.get(k, d))
@@ -45,7 +59,7 @@ def main() -> int:
         if device_type == "cpu":
             keep_freed_memory()
         status = Trainer(config, name, create_mesh(config, world, rank, local_rank)).run()
-        if world > 1:  # leave together: a rank that tears its connections down early can abort the others
+        if world > 1:  # together: a rank that is gone too early takes its connections from the others
             torch.distributed.barrier()
         return status
     except (UserError, TrainingError) as error:
@@ -54,10 +68,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("train.py: stopped at once, nothing saved since the last checkpoint", file=sys.stderr)
         return 130
-    finally:
-        if world > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
