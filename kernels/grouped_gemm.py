@@ -9,7 +9,10 @@ gradient reads, and it contains relu(z) = sqrt(hs / w).  So a row costs F elemen
 square (and the 2 D of its gathered input and output).  Gathering inside the products and forming dw in the epilogue of
 dH are SonicMoE's ideas (arXiv:2512.14080); the square root is possible because relu^2 can be inverted.
 
-Suffixes: T tokens, K chosen, R = T * K rows, D width, F expert hidden width, E experts.
+A choice may be absent: its expert is computed by another rank.  It has no row, adds nothing to its token, and its
+routing weight gets gradient 0.
+
+Suffixes: T tokens, K chosen, R rows (T * K, or the real ones among them), D width, F expert hidden width, E experts.
 """
 
 import torch
@@ -33,7 +36,7 @@ def experts_reference(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, up_E
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of x in expert order.  Backward: each token sums the gradients of its K rows, in a fixed order."""
+    """Rows of x in expert order.  Backward: each token sums the gradients of its rows, in a fixed order."""
 
     @staticmethod
     def forward(ctx, x_TD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
@@ -47,7 +50,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """The conjugate of _Gather: each token sums its K rows; backward hands its gradient to each of them."""
+    """The conjugate of _Gather: each token sums its rows; backward hands its gradient to each of them."""
 
     @staticmethod
     def forward(ctx, rows_RD: Tensor, order_R: Tensor, place_TK: Tensor) -> Tensor:
@@ -62,16 +65,23 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
-    gathered = rows_RD.index_select(0, place_TK.flatten()).unflatten(0, place_TK.shape)
+    R = rows_RD.shape[0]
+    gathered = rows_RD.index_select(0, place_TK.flatten().clamp(max=R - 1)).unflatten(0, place_TK.shape)
+    if place_TK.numel() > R:  # absent choices: their places are past the last row
+        gathered.masked_fill_((place_TK >= R).unsqueeze(-1), 0.0)
     return gathered.sum(1, dtype=accumulate_dtype(rows_RD)).to(rows_RD.dtype)
 
 
-def sort_by_expert(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """order (R,): the flat (token, choice) index of each row in expert order, stable; place (T, K): its inverse."""
+def sort_by_expert(experts_TK: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """order (R,): the flat (token, choice) index of each row in expert order, stable; place (T, K): its inverse.
+
+    rows: R, the number of choices that are not absent (None: all T * K).  Absent ones have the largest id, so they
+    come last: their places are R and above.
+    """
     order = experts_TK.flatten().argsort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(order.numel(), device=order.device)
-    return order, place.view_as(experts_TK)
+    return order[:rows], place.view_as(experts_TK)
 
 
 def _mlp_torch(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -149,6 +159,23 @@ class _Experts(torch.autograd.Function):
         )
 
 
+class _NoRows(torch.autograd.Function):
+    """What is left of the block when none of its choices is computed here: zeros, and gradients of zero.
+
+    Gradients of zero rather than none, because a rank of a data-parallel group has to reduce what the others reduce.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *others: Tensor) -> Tensor:  # x (T, D), then weights, up, down
+        ctx.save_for_backward(x, *others)
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
+        return tuple(torch.zeros_like(t) if need else None for t, need in needed)
+
+
 def _check(x: Tensor, up: Tensor, down: Tensor, grads: tuple[Tensor | None, Tensor | None]) -> None:
     E, F_, D = up.shape
     if x.ndim != 2 or x.shape[1] != D or down.shape != (E, D, F_):
@@ -186,10 +213,15 @@ def experts(
     down: Tensor,
     backend: str = "auto",
     *,
+    rows: int | None = None,
     up_grad: Tensor | None = None,
     down_grad: Tensor | None = None,
 ) -> Tensor:
     """x: (T, D); weights: (T, K) fp32; experts_TK: (T, K); counts: (E,); up: (E, F, D); down: (E, D, F) -> (T, D).
+
+    experts_TK: ids 0 .. E - 1 of the experts given here, or E for a choice that is computed elsewhere (expert
+    parallelism): it adds nothing, and its weight, which may hold anything, gets gradient 0.  rows: how many choices are
+    not elsewhere; None: all T * K.  Buffers are allocated for that many rows.  counts: those choices per expert.
 
     Experts without rows cost nothing and get a zero gradient.  The routing weight multiplies the activation, before the
     down projection, as Megatron does; the K rows of a token are summed in fp32.
@@ -197,19 +229,30 @@ def experts(
     up_grad, down_grad: contiguous buffers of the weights' shape, fp32 or the weights' dtype, to which backward adds the
     weight gradients; autograd then gets none for that weight.
 
-    The kernels find the counts themselves and read nothing on the host; the PyTorch path reads `counts` there.  The
-    kernels give a routing weight of exactly 0 the gradient 0, since hs = 0 no longer has the activation (a sigmoid that
-    underflows to 0 has derivative 0 anyway).
+    The kernels find the counts themselves and read nothing on the host, so `rows` must be right: they cannot check it
+    and would read and write elsewhere.  The PyTorch path reads `counts` there, and raises ValueError where `rows` is
+    not the number of ids below E.  The kernels give a routing weight of exactly 0 the gradient 0, since hs = 0 no
+    longer has the activation (a sigmoid that underflows to 0 has derivative 0 anyway).
     """
     _check(x, up, down, (up_grad, down_grad))
-    if _on_triton(x, up, down, experts_TK.numel(), backend):
+    E = up.shape[0]
+    R = experts_TK.numel() if rows is None else rows
+    if not 0 <= R <= experts_TK.numel():
+        raise ValueError(f"rows={rows} does not fit {experts_TK.numel()} choices; count the ids below {E}")
+    if _on_triton(x, up, down, R, backend):
         x, weights, up, down = _readable(x), weights.contiguous(), up.contiguous(), down.contiguous()
-        order, place, tiles = plan_rows(experts_TK, up.shape[0], choose_configs(x, up, down)["up"].block_m)
+        order, place, tiles = plan_rows(experts_TK, E, choose_configs(x, up, down)["up"].block_m, R)
         return _Experts.apply(x, weights, up, down, order, place, tiles, (up_grad, down_grad))
+    on_host = R > 0 or not x.is_cuda  # a GPU without rows has no other reason to be waited for
+    if on_host and (real := int((experts_TK < E).sum())) != R:
+        raise ValueError(f"rows={rows}, but {real} of {experts_TK.numel()} ids are below {E}; pass rows={real}")
+    if R == 0:
+        up, down = (w if g is None else w.detach() for w, g in ((up, up_grad), (down, down_grad)))
+        return _NoRows.apply(x, weights, up, down)
     up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
-    order, place = sort_by_expert(experts_TK)
-    rows = _Gather.apply(x, order, place)
-    return _Combine.apply(_mlp_torch(rows, weights.flatten()[order], counts, up, down), order, place)
+    order, place = sort_by_expert(experts_TK, R)
+    rows_RD = _Gather.apply(x, order, place)
+    return _Combine.apply(_mlp_torch(rows_RD, weights.flatten()[order], counts, up, down), order, place)
 
 
 def grouped_mlp(

@@ -137,12 +137,15 @@ def _rows_kernel(
 
 @triton.jit
 def _weight_grad_kernel(
-    part_ptr, w_ptr, place_ptr, end_ptr, dw_ptr, R, PARTS, HAS_PLACE: tl.constexpr, BLOCK: tl.constexpr
+    part_ptr, w_ptr, place_ptr, end_ptr, dw_ptr, choices, R, PARTS, HAS_PLACE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """dw_i = sum_n part_n / w, since part holds g . hs = w g . relu(z)^2.  A weight of exactly 0 gets 0."""
+    """dw_i = sum_n part_n / w, since part holds g . hs = w g . relu(z)^2.  part (PARTS, R), w and dw (choices,).
+
+    0 where the weight is exactly 0, where the choice is absent (place -1), and past the last expert's rows.
+    """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(place_ptr + i, mask=i < R, other=0) if HAS_PLACE else i
-    live = (i < R) & (row < tl.load(end_ptr))
+    row = tl.load(place_ptr + i, mask=i < choices, other=-1) if HAS_PLACE else i
+    live = (i < choices) & (row >= 0) & (row < tl.load(end_ptr))
     total = tl.zeros([BLOCK], tl.float32)
     part_ptrs = part_ptr + row
     for _ in range(0, PARTS):
@@ -150,7 +153,7 @@ def _weight_grad_kernel(
         part_ptrs += R
     w = tl.load(w_ptr + i, mask=live, other=0.0).to(tl.float32)
     dw = tl.where(w == 0.0, 0.0, total / tl.where(w == 0.0, 1.0, w))
-    tl.store(dw_ptr + i, dw.to(dw_ptr.dtype.element_ty), mask=i < R)
+    tl.store(dw_ptr + i, dw.to(dw_ptr.dtype.element_ty), mask=i < choices)
 
 
 def _multiply(
@@ -190,7 +193,7 @@ def _multiply(
 def up_rows(
     x: Tensor, weights: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
 ) -> Tensor:
-    """hs (R, F).  weights: R values, indexed by choice (or by row, without an order)."""
+    """hs (R, F).  weights: (T, K), read by choice (or (R,), by row, without an order)."""
     return _multiply(config, x, up, True, tiles, order, True, top_k, RELU2, weights)[0]
 
 
@@ -216,10 +219,11 @@ def down_rows_backward(
     top_k = 1 if place is None else place.shape[1]
     dz, part = _multiply(config, dy, down, False, tiles, order, True, top_k, DRELU2, weights, hs)
     dweights = torch.empty_like(weights)
-    R = weights.numel()
-    _weight_grad_kernel[(triton.cdiv(R, 128),)](
-        part, weights, place, tiles.offsets_E1[-1:], dweights, R, part.shape[0], HAS_PLACE=place is not None, BLOCK=128
-    )
+    choices = weights.numel()
+    _weight_grad_kernel[(triton.cdiv(choices, 128),)](
+        part, weights, place, tiles.offsets_E1[-1:], dweights, choices, part.shape[1], part.shape[0],
+        HAS_PLACE=place is not None, BLOCK=128,
+    )  # fmt: skip
     return dz, dweights
 
 

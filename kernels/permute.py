@@ -8,7 +8,10 @@ so a histogram per block of choices and one more pass are enough, and the order 
 The second pass also writes the tile table that the grouped products walk: tile t belongs to expert tile_expert[t], and
 the tiles of expert e are tile_start[e] .. tile_start[e + 1].  Nothing here is read back, so CUDA graphs can record it.
 
-Suffixes: T tokens, K chosen, R = T * K rows, E experts, D width; E1 is E + 1.  Everything is int32: R < 2^31.
+A choice whose id is E is absent: some other rank computes it.  It gets the place -1 and no row.
+
+Suffixes: T tokens, K chosen, R rows (T * K less the absent choices), E experts, D width; E1 is E + 1.  Everything is
+int32: T * K < 2^31.
 """
 
 from typing import NamedTuple
@@ -37,7 +40,7 @@ class Tiles(NamedTuple):
 
 class Plan(NamedTuple):
     order_R: Tensor  # the choice i that fills each row
-    place_TK: Tensor  # its inverse: the row of each choice
+    place_TK: Tensor  # its inverse: the row of each choice, -1 for an absent one
     tiles: Tiles
 
 
@@ -50,14 +53,14 @@ def plan_reference(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
-def _histogram_kernel(experts_ptr, hist_ptr, R, BLOCK, E: tl.constexpr, E_PAD: tl.constexpr, SUB: tl.constexpr):
-    """One program: how many of BLOCK consecutive choices each expert got.  experts (R,), hist (blocks, E)."""
+def _histogram_kernel(experts_ptr, hist_ptr, choices, BLOCK, E: tl.constexpr, E_PAD: tl.constexpr, SUB: tl.constexpr):
+    """One program: how many of BLOCK consecutive choices each expert got.  experts (choices,), hist (blocks, E)."""
     b = tl.program_id(0)
     cols = tl.arange(0, E_PAD)
     counts = tl.zeros([E_PAD], tl.int32)
     for s in range(0, BLOCK, SUB):
         i = b * BLOCK + s + tl.arange(0, SUB)
-        e = tl.load(experts_ptr + i, mask=i < R, other=-1).to(tl.int32)
+        e = tl.load(experts_ptr + i, mask=i < choices, other=-1).to(tl.int32)
         counts += tl.sum((e[:, None] == cols[None, :]).to(tl.int32), 0)
     tl.store(hist_ptr + b * E + cols, counts, mask=cols < E)
 
@@ -85,7 +88,7 @@ def _write_tables(
 
 @triton.jit
 def _place_kernel(
-    experts_ptr, hist_ptr, order_ptr, place_ptr, offsets_ptr, start_ptr, tile_expert_ptr, R, BLOCK, max_tiles,
+    experts_ptr, hist_ptr, order_ptr, place_ptr, offsets_ptr, start_ptr, tile_expert_ptr, choices, BLOCK, max_tiles,
     E: tl.constexpr, E_PAD: tl.constexpr, SUB: tl.constexpr, HIST: tl.constexpr, BLOCK_M: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -106,12 +109,13 @@ def _place_kernel(
     lane = tl.arange(0, SUB)
     for s in range(0, BLOCK, SUB):
         i = b * BLOCK + s + lane
-        e = tl.load(experts_ptr + i, mask=i < R, other=-1).to(tl.int32)
+        e = tl.load(experts_ptr + i, mask=i < choices, other=-1).to(tl.int32)
         mine = (e[:, None] == cols[None, :]).to(tl.int32)  # [SUB, E_PAD]
         earlier = (e[:, None] == e[None, :]) & (lane[:, None] > lane[None, :])
         place = tl.sum(mine * free[None, :], 1) + tl.sum(earlier.to(tl.int32), 1)
-        tl.store(place_ptr + i, place, mask=i < R)
-        tl.store(order_ptr + place, i, mask=i < R)
+        present = e < E
+        tl.store(place_ptr + i, tl.where(present, place, -1), mask=i < choices)
+        tl.store(order_ptr + place, i, mask=(i < choices) & present)
         free += tl.sum(mine, 0)
 
 
@@ -133,10 +137,10 @@ def _sizes(E: int) -> dict[str, int]:
 
 
 def _histogram(experts_TK: Tensor, E: int) -> tuple[Tensor, int]:
-    R = experts_TK.numel()
-    block = max(CHOICES, triton.next_power_of_2(triton.cdiv(R, MAX_BLOCKS)))
-    hist = torch.empty(triton.cdiv(R, block), E, dtype=torch.int32, device=experts_TK.device)
-    _histogram_kernel[(hist.shape[0],)](experts_TK, hist, R, block, **_sizes(E), num_warps=4)
+    choices = experts_TK.numel()
+    block = max(CHOICES, triton.next_power_of_2(triton.cdiv(choices, MAX_BLOCKS)))
+    hist = torch.empty(triton.cdiv(choices, block), E, dtype=torch.int32, device=experts_TK.device)
+    _histogram_kernel[(hist.shape[0],)](experts_TK, hist, choices, block, **_sizes(E), num_warps=4)
     return hist, block
 
 
@@ -151,18 +155,21 @@ def count_experts(experts_TK: Tensor, E: int) -> Tensor:
     return _histogram(experts_TK.contiguous(), E)[0].sum(0)  # torch sums int32 into int64
 
 
-def plan_rows(experts_TK: Tensor, E: int, block: int) -> Plan:
-    """Expert order and tiles of `block` rows, two launches.  experts_TK: (T, K) ids below E, not empty."""
+def plan_rows(experts_TK: Tensor, E: int, block: int, rows: int | None = None) -> Plan:
+    """Expert order and tiles of `block` rows, two launches.
+
+    experts_TK: (T, K) ids below E, or E for an absent choice.  rows: how many are below E, at least one; None: all.
+    """
     experts_TK = experts_TK.contiguous()
-    R = experts_TK.numel()
-    hist, choices = _histogram(experts_TK, E)
+    R = experts_TK.numel() if rows is None else rows
+    hist, block_choices = _histogram(experts_TK, E)
     tiles = _empty_tiles(R, E, block, experts_TK.device)
     order = torch.empty(R, dtype=torch.int32, device=experts_TK.device)
     place = torch.empty(experts_TK.shape, dtype=torch.int32, device=experts_TK.device)
     sizes = _sizes(E)
     _place_kernel[(hist.shape[0],)](
-        experts_TK, hist, order, place, *tiles[:3], R, choices, tiles.tile_expert.numel(), **sizes,
-        HIST=max(1, min(32, 8192 // sizes["E_PAD"])), BLOCK_M=block, CHUNK=16, num_warps=4,
+        experts_TK, hist, order, place, *tiles[:3], experts_TK.numel(), block_choices, tiles.tile_expert.numel(),
+        **sizes, HIST=max(1, min(32, 8192 // sizes["E_PAD"])), BLOCK_M=block, CHUNK=16, num_warps=4,
     )  # fmt: skip
     return Plan(order, place, tiles)
 
@@ -182,19 +189,23 @@ def tiles_from_counts(counts_E: Tensor, R: int, block: int) -> Tiles:
 
 @triton.jit
 def _sum_rows_kernel(rows_ptr, place_ptr, y_ptr, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
-    """One program: y_t = sum_k rows[place_tk], in fp32 and in the order of k.  rows (R, D), place (T, K), y (T, D)."""
+    """One program: y_t = sum_k rows[place_tk], in fp32 and in the order of k.  rows (R, D), place (T, K), y (T, D).
+
+    A place of -1 adds nothing.
+    """
     t = tl.program_id(0).to(tl.int64)
     for d in range(0, D, BLOCK):
         cols = d + tl.arange(0, BLOCK)
         y = tl.zeros([BLOCK], tl.float32)
         for k in tl.static_range(K):
             row = tl.load(place_ptr + t * K + k).to(tl.int64)
-            y += tl.load(rows_ptr + row * D + cols, mask=cols < D, other=0.0).to(tl.float32)
+            mask = cols < tl.where(row < 0, 0, D)
+            y += tl.load(rows_ptr + row * D + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + t * D + cols, y, mask=cols < D)
 
 
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
-    """Each token's K rows added up, (T, D) in the rows' dtype.  Moves (K + 1) T D elements: bandwidth-bound."""
+    """Each token's rows added up, (T, D) in the rows' dtype.  Moves R D + T D elements: bandwidth-bound."""
     T, K = place_TK.shape
     D = rows_RD.shape[1]
     y = torch.empty(T, D, dtype=rows_RD.dtype, device=rows_RD.device)

@@ -149,6 +149,101 @@ def test_grouped_mlp_on_rows_in_order(counts: tuple[int, ...], backend: str, dev
         assert relative_error(ours, exact) < FP32, name
 
 
+def over_ranks(
+    inputs: list[Tensor], experts_TK: Tensor, ranks: int, dtype: torch.dtype, backend: str
+) -> tuple[list[Tensor], list[int]]:
+    """The block as `ranks` ranks share it, E / ranks experts each: y and gradients put together, and rows by rank."""
+    E = inputs[2].shape[0]
+    local, parts, real = E // ranks, [], []
+    for first in range(0, E, local):
+        mine = (first <= experts_TK) & (experts_TK < first + local)
+        ids = torch.where(mine, experts_TK - first, local)
+        x, weights, up, down, dy = inputs
+        weights = torch.where(mine, weights, torch.nan)  # what an absent choice weighs is nobody's business
+        up, down = up[first : first + local], down[first : first + local]
+        counts = torch.bincount(ids.flatten(), minlength=local + 1)[:local]
+        real.append(int(mine.sum()))
+
+        def block(x, w, up, down, ids=ids, counts=counts, rows=real[-1]) -> Tensor:
+            return experts(x, w, ids, counts, up, down, backend, rows=rows)
+
+        parts.append(run(block, dtype, [x, weights, up, down, dy]))
+        assert not parts[-1][2][~mine].any(), "an absent choice's weight has a gradient"
+    together = [sum(p[i] for p in parts) for i in range(3)] + [torch.cat([p[i] for p in parts]) for i in (3, 4)]
+    return together, real
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [pytest.param("triton", torch.float32, marks=needs_triton), ("torch", torch.float64)]
+)
+@pytest.mark.parametrize(
+    ("T", "K", "kind", "ranks", "empty"),
+    [
+        (13, 3, "all", 2, 0),
+        (13, 3, "all", 4, 0),
+        (7, 2, "one", 4, 3),  # every choice of every token on the first rank
+        (1, 1, "all", 4, 3),
+        (0, 2, "one", 2, 2),  # no token
+    ],
+)
+def test_ranks_with_a_share_of_the_experts_add_up(
+    T: int, K: int, kind: str, ranks: int, empty: int, backend: str, dtype: torch.dtype, device: str
+) -> None:
+    inputs, experts_TK = make(T, 24, 20, 8, K, device), choices(T, K, 8, kind).to(device)
+    got, real = over_ranks(inputs, experts_TK, ranks, dtype, backend)
+    assert sum(real) == T * K
+    assert real.count(0) == empty
+    for name, ours, true in zip(NAMES, got, truth(inputs, experts_TK), strict=True):
+        assert relative_error(ours, true) < (1e-13 if dtype == torch.float64 else FP32), name
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "torch"])
+def test_a_rank_without_rows_adds_nothing_to_gradient_buffers(backend: str, device: str) -> None:
+    x, weights, up, down, dy = make(5, 16, 20, 4, 2, device)
+    leaves = [t.clone().requires_grad_() for t in (x, weights, up, down)]
+    buffers = {"up_grad": torch.randn_like(up), "down_grad": torch.randn_like(down)}
+    before = [t.clone() for t in buffers.values()]
+    nobody = torch.full((5, 2), 4, device=device)
+    y = experts(leaves[0], leaves[1], nobody, torch.zeros(4), *leaves[2:], backend=backend, rows=0, **buffers)
+    y.backward(dy)
+    assert torch.equal(y, torch.zeros_like(x))
+    assert not leaves[0].grad.any()
+    assert not leaves[1].grad.any()
+    assert leaves[2].grad is None
+    assert leaves[3].grad is None
+    assert all(torch.equal(a, b) for a, b in zip(before, buffers.values(), strict=True))
+
+
+@needs_triton
+def test_rows_that_are_all_real_change_no_bit(device: str) -> None:
+    inputs, experts_TK = make(21, 24, 20, 5, 3, device), choices(21, 3, 5, "all").to(device)
+    for plain, told in zip(with_kernels(inputs, experts_TK), with_kernels(inputs, experts_TK, rows=63), strict=True):
+        assert torch.equal(plain, told)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "torch"])
+def test_absent_choices_take_no_memory(backend: str, device: str) -> None:
+    x, weights, up, down, _ = make(6, 10, 20, 4, 3, device)
+    ids = choices(6, 3, 4, "one").to(device) + 2  # 2, 3 and one that is absent
+    counts, saved = torch.tensor([0, 0, 6, 6]), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        experts(x.requires_grad_(), weights, ids, counts, up, down, backend, rows=12)
+    rows = [t for t in saved if t.ndim == 1 or (t.ndim == 2 and t.shape[1] == 20)]
+    assert rows
+    assert max(len(t) for t in rows) == 12
+
+
+@pytest.mark.parametrize("rows", [None, 3, 5])
+def test_a_wrong_number_of_rows_is_refused(rows: int | None) -> None:
+    x, weights, up, down, _ = make(3, 8, 4, 2, 2, "cpu")
+    ids = torch.tensor([[0, 1], [2, 1], [0, 2]])
+    with pytest.raises(ValueError, match=f"rows={rows}, but 4 of 6 ids are below 2; pass rows=4"):
+        experts(x, weights, ids, torch.tensor([2, 2]), up, down, "torch", rows=rows)
+    with pytest.raises(ValueError, match="rows=7 does not fit 6 choices"):
+        experts(x, weights, ids, torch.tensor([2, 2]), up, down, rows=7)
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     x, up, down = torch.randn(3, 8), torch.randn(2, 4, 8), torch.randn(2, 8, 5)
     with pytest.raises(ValueError, match="do not fit together"):
@@ -182,6 +277,26 @@ def test_experts_on_the_gpu(T: int, D: int, F: int, E: int, K: int, kind: str, d
     true = run(
         lambda x, w, up, down: experts(x, w, experts_TK, counts, up, down, backend="torch"), torch.float64, inputs
     )
+    for name, ours, same, theirs, exact in zip(NAMES, got, again, eager, true, strict=True):
+        assert torch.equal(ours, same), f"{name}: two runs differ"
+        if dtype == torch.float32:
+            assert relative_error(ours, exact) < FP32, name
+        else:
+            assert_as_accurate(ours, theirs, exact, what=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("T", "K", "kind", "ranks"), [(1, 6, "all", 4), (129, 6, "one", 2), (300, 4, "few", 8), (4097, 6, "all", 4)]
+)
+def test_ranks_add_up_on_the_gpu(T: int, K: int, kind: str, ranks: int, dtype: torch.dtype) -> None:
+    inputs, experts_TK = make(T, 512, 320, 16, K, "cuda"), choices(T, K, 16, kind).cuda()
+    inputs = [t if i == 1 else t.to(dtype) for i, t in enumerate(inputs)]
+    (got, _), (again, _) = (over_ranks(inputs, experts_TK, ranks, dtype, "triton") for _ in range(2))
+    eager, _ = over_ranks(inputs, experts_TK, ranks, dtype, "torch")
+    true, _ = over_ranks(inputs, experts_TK, ranks, torch.float64, "torch")
     for name, ours, same, theirs, exact in zip(NAMES, got, again, eager, true, strict=True):
         assert torch.equal(ours, same), f"{name}: two runs differ"
         if dtype == torch.float32:
