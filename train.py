@@ -44,7 +44,7 @@ def main() -> int:
             print(report(config, name, world, uses_bf16(config, device_type)))
             return 0
         check_fits(config, name, world, device_type, ranks_here)
-        from nano3.parallel.mesh import check_layout
+        from nano3.parallel.layout import check_layout
 
         check_layout(config, world)
     except UserError as error:  # every rank comes to the same conclusion; one of them says it

@@ -19,7 +19,9 @@ ALIASES = {  # what NVIDIA's commands say -> what it is here
     "model.tensor_model_parallel_size": "parallel.tp",
     "model.expert_model_parallel_size": "parallel.ep",
     "model.pipeline_model_parallel_size": "parallel.pp",
+    "model.virtual_pipeline_model_parallel_size": "parallel.virtual_pp",
     "model.context_parallel_size": "parallel.cp",
+    "ddp.grad_reduce_in_fp32": "parallel.grad_reduce_in_fp32",
 }
 UNITS = ("iters", "samples", "tokens", "fraction")
 LENGTHS = ["train.train", "scheduler.lr_warmup", "scheduler.lr_decay", "scheduler.lr_wsd_decay"]

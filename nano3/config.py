@@ -235,10 +235,13 @@ REFUSALS = {
 class ParallelConfig:
     """Sizes of the process grid; what the world holds beyond tp * pp * cp ranks is data parallel."""
 
-    tp: int = 1
-    ep: int = 1
-    pp: int = 1
-    cp: int = 1
+    tp: int = 1  # tensor parallel, always with the sequence split between the blocks
+    ep: int = 1  # expert parallel, folded over the same ranks
+    pp: int = 1  # pipeline stages
+    cp: int = 1  # context parallel
+    virtual_pp: int = 1  # parts a stage is cut into, which shortens the pipeline's idle time (interleaved 1F1B)
+    stages: list[int] | None = None  # layers of each of the pp * virtual_pp parts; None: cut by cost
+    grad_reduce_in_fp32: bool = True  # False: gradients travel in bf16, and are summed in it
 
 
 @dataclass(kw_only=True)
@@ -247,7 +250,7 @@ class TrainConfig:
     train_samples: int | None = None
     train_tokens: int | None = None
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
-    micro_batch_size: int | None = 1  # sequences a rank computes at once; None: its whole share of the batch
+    micro_batch_size: int | None = 1  # sequences a rank computes at once; None: its whole share (1 in a pipeline)
     precision: str = "auto"  # bf16 (fp32 masters), fp32, or auto: bf16 on a GPU, fp32 on a CPU
     recompute: Any = "none"  # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]
     loss_chunk_tokens: int = 2048  # logits exist for this many tokens at a time
@@ -357,6 +360,8 @@ class Config:
 
     def micro_batch(self, dp: int) -> int:
         """Sequences that one of `dp` data-parallel ranks computes at once."""
+        if self.train.micro_batch_size is None and self.parallel.pp > 1:
+            return 1  # a pipeline lives on many small ones
         return self.train.micro_batch_size or max(1, self.train.global_batch_size // dp)
 
     @property

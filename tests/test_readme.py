@@ -6,7 +6,7 @@ import pytest
 
 from nano3.cli import parser, resolve
 from nano3.config import UserError
-from nano3.parallel.mesh import check_layout
+from nano3.parallel.layout import check_layout
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()

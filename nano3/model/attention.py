@@ -10,25 +10,33 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from nano3.config import ModelConfig
 from nano3.model.cache import AttentionState
+from nano3.parallel.mesh import ALONE, Mesh
+from nano3.parallel.tensor import enter, leave
 
 
 class Attention(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    """With tensor parallelism a rank has Hq / tp query heads and the KV heads they read; where tp exceeds the number
+    of KV heads, tp / Hkv ranks hold the same one and sum its gradient."""
+
+    def __init__(self, c: ModelConfig, mesh: Mesh = ALONE) -> None:
         super().__init__()
-        self.head_dim, self.backend = c.head_dim, c.kernels.attention
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.tp, self.head_dim, self.backend = mesh.tp, c.head_dim, c.kernels.attention
+        q = c.num_attention_heads // self.tp.size * c.head_dim
+        kv = max(1, c.num_key_value_heads // self.tp.size) * c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, q, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, kv, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, kv, bias=False)
+        self.o_proj = nn.Linear(q, c.hidden_size, bias=False)
 
     def forward(
-        self, u: Tensor, seq_idx: Tensor | None, cache: AttentionState | None
-    ) -> Tensor:  # (B, S, D) -> (B, S, D)
+        self, u: Tensor, seq_idx: Tensor | None, cache: AttentionState | None, whole: bool
+    ) -> Tensor:  # (B, S / tp, D) -> (B, S / tp, D)
+        u = enter(u, self.tp, whole)
         q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.o_proj(attention(q, k, v, seq_idx, self.backend).flatten(-2))
+        return leave(self.o_proj(attention(q, k, v, seq_idx, self.backend).flatten(-2)), self.tp, whole)
 
     def step(self, u: Tensor, cache: AttentionState) -> Tensor:
         """One token of decoding: (B, D) -> (B, D)."""
-        return self(u.unsqueeze(1), None, cache).squeeze(1)
+        return self(u.unsqueeze(1), None, cache, whole=True).squeeze(1)

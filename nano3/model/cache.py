@@ -42,18 +42,18 @@ LayerState = MambaState | AttentionState | None
 
 
 def create_cache(
-    c: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    c: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device, tp: int = 1
 ) -> list[LayerState]:
-    """One entry per layer, for `batch` sequences of at most `capacity` tokens."""
+    """One entry per layer, for `batch` sequences of at most `capacity` tokens; the heads of one of `tp` ranks."""
     cache: list[LayerState] = []
     for letter in c.hybrid_override_pattern:
         if letter == "M":
-            window = torch.zeros(batch, c.conv_kernel, c.conv_dim, dtype=dtype, device=device)
-            shape = (batch, c.mamba_num_heads, c.mamba_head_dim, c.ssm_state_size)
+            window = torch.zeros(batch, c.conv_kernel, c.conv_dim // tp, dtype=dtype, device=device)
+            shape = (batch, c.mamba_num_heads // tp, c.mamba_head_dim, c.ssm_state_size)
             state = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
             cache.append(MambaState(window, state))
         elif letter == "*":
-            shape = (batch, capacity, c.num_key_value_heads, c.head_dim)
+            shape = (batch, capacity, max(1, c.num_key_value_heads // tp), c.head_dim)
             cache.append(AttentionState(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))))
         else:
             cache.append(None)

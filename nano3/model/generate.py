@@ -15,6 +15,7 @@ from torch import Tensor
 from nano3.config import UserError
 from nano3.model.cache import create_cache
 from nano3.model.model import Nano3
+from nano3.parallel.pipeline import Wire, broadcast_int, relay
 
 
 @torch.inference_mode()
@@ -33,23 +34,36 @@ def generate(
 
     temperature 0 is greedy; otherwise the logits are divided by it and sampled from the smallest set of ids whose
     probability reaches top_p.  `prefill_chunk`: tokens of the prompt computed at once; the result does not depend
-    on it.
+    on it.  Under any layout every rank calls this and gets the same ids: one rank of the last stage chooses, for all.
     """
     if not prompt:
         raise UserError("the prompt is empty: give at least one token to continue")
-    device, dtype = model.embeddings.weight.device, model.embeddings.weight.dtype
-    tokens = torch.tensor([prompt], device=device)
-    cache = create_cache(model.config, 1, len(prompt) + max_new_tokens, dtype, device)
+    mesh, device, D = model.mesh, model.mesh.device, model.config.hidden_size
+    capacity = len(prompt) + max_new_tokens
+    cache = create_cache(model.config, 1, capacity, model.dtype, device, mesh.tp.size)
     draws = torch.Generator().manual_seed(seed)
-    for part in tokens.split(prefill_chunk, dim=1):
-        hidden = model(part, cache=cache).hidden[:, -1]
-    logits = model.logits(hidden)
-    for _ in range(max_new_tokens):
-        token = choose(logits[0], temperature, top_p, draws)
+
+    def advance(ids: Tensor) -> Tensor:  # (1, S) -> (1, D) after its last token
+        wire = Wire(mesh, len(model.parts), (*ids.shape, D), model.dtype)
+        return relay(wire, lambda part, x: model(ids if x is None else x, cache=cache, part=part).hidden)[:, -1]
+
+    def step(token: int) -> Tensor:
+        wire = Wire(mesh, len(model.parts), (1, D), model.dtype)
+        ids = torch.tensor([token], device=device)
+        return relay(wire, lambda part, x: model.step(ids if x is None else x, cache, part))
+
+    for ids in torch.tensor([prompt], device=device).split(prefill_chunk, dim=1):
+        hidden = advance(ids)
+    for i in range(max_new_tokens):
+        logits = model.logits(hidden) if model.has_end else None
+        chooser = mesh.layout.block * (mesh.pp.size - 1)
+        token = choose(logits[0], temperature, top_p, draws) if mesh.rank == chooser else 0
+        token = broadcast_int(token, chooser, mesh)
         if token in stop_ids:
             return
         yield token
-        logits = model.step(torch.tensor([token], device=device), cache)
+        if i + 1 < max_new_tokens:
+            hidden = step(token)
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, draws: torch.Generator) -> int:

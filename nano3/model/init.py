@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nano3.config import ModelConfig
+from nano3.model.layout import axis_of, split_of, whole_shapes
 
 FP32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")  # kept in fp32 in every mode
 OUTPUTS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "down_proj")  # write into the residual stream
@@ -77,11 +78,15 @@ def allocate(model: nn.Module, device: torch.device, compute: torch.dtype) -> nn
 
 @torch.no_grad()
 def initialise(model: nn.Module, c: ModelConfig, seed: int) -> nn.Module:
-    """Draw every tensor of an allocated model, one at a time (one expert at a time)."""
+    """Draw every tensor of an allocated model, one at a time (one expert at a time), and keep this rank's part."""
+    shapes = whole_shapes(c)
     for name, tensor in named_tensors(model).items():
+        split = split_of(name, c, model.mesh.tp.size)
+        axis = axis_of(split, model.mesh)
         if ".experts." in name:
             for e in range(tensor.shape[0]):
-                tensor[e].copy_(draw(name, tensor.shape[1:], c, seed, expert=e))
+                tensor[e].copy_(draw(name, tensor.shape[1:], c, seed, expert=axis.rank * tensor.shape[0] + e))
         else:
-            tensor.copy_(draw(name, tensor.shape, c, seed))
+            whole = draw(name, shapes[name], c, seed)
+            tensor.copy_(whole if split is None else split.take(whole, axis))
     return model

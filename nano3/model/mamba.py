@@ -11,6 +11,8 @@ from kernels.ssd import ssd, ssd_step
 from nano3.config import ModelConfig
 from nano3.model.cache import MambaState
 from nano3.model.norm import RMSNorm
+from nano3.parallel.mesh import ALONE, Mesh
+from nano3.parallel.tensor import enter, leave
 
 
 class Conv(nn.Module):
@@ -23,10 +25,15 @@ class Conv(nn.Module):
 
 
 class Mamba(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    """With tensor parallelism a rank has H / tp heads and G / tp groups, and its cut of each of z, x, B, C and dt.
+    Heads and norm groups stay whole, so nothing is exchanged between the two projections."""
+
+    def __init__(self, c: ModelConfig, mesh: Mesh = ALONE) -> None:
         super().__init__()
-        self.H, self.P, self.G, self.N = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
-        self.d_inner, self.conv_dim = c.d_inner, c.conv_dim
+        self.tp = mesh.tp
+        self.H, self.G = c.mamba_num_heads // self.tp.size, c.n_groups // self.tp.size
+        self.P, self.N = c.mamba_head_dim, c.ssm_state_size
+        self.d_inner, self.conv_dim = c.d_inner // self.tp.size, c.conv_dim // self.tp.size
         self.chunk, self.eps = c.chunk_size, c.layer_norm_epsilon
         self.dt_limit = (c.time_step_limit[0], c.time_step_limit[1])
         self.kernels = c.kernels
@@ -38,7 +45,10 @@ class Mamba(nn.Module):
         self.norm = RMSNorm(self.d_inner, self.eps)
         self.out_proj = nn.Linear(self.d_inner, c.hidden_size, bias=False)
 
-    def forward(self, u: Tensor, seq_idx: Tensor | None, cache: MambaState | None) -> Tensor:  # (B, S, D) -> (B, S, D)
+    def forward(
+        self, u: Tensor, seq_idx: Tensor | None, cache: MambaState | None, whole: bool
+    ) -> Tensor:  # (B, S / tp, D) -> (B, S / tp, D)
+        u = enter(u, self.tp, whole)
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.H], dim=-1)
         W = self.conv1d.weight.shape[-1]
         before = None if cache is None else cache.window[:, 1:]
@@ -51,7 +61,7 @@ class Mamba(nn.Module):
         y, state = ssd(x, dt, self._A(), B, C, self.D, *options)
         if cache is not None:
             cache.state = state
-        return self._out(y, z)
+        return leave(self._out(y, z), self.tp, whole)
 
     def step(self, u: Tensor, cache: MambaState) -> Tensor:
         """One token of decoding: (B, D) -> (B, D).  Moves `cache` on by one token."""
@@ -61,7 +71,7 @@ class Mamba(nn.Module):
         x, B, C = self._heads(xBC)
         options = (self.dt_bias, self.dt_limit, self.kernels.ssd)
         y, cache.state = ssd_step(cache.state, x, dt, self._A(), B, C, self.D, *options)
-        return self._out(y, z)
+        return leave(self._out(y, z), self.tp, whole=True)
 
     def _A(self) -> Tensor:
         return -self.A_log.exp()

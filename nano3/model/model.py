@@ -6,6 +6,7 @@ checkpoint's name is the path of an attribute here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,26 +19,31 @@ from nano3.model.cache import LayerState
 from nano3.model.mamba import Mamba
 from nano3.model.moe import MLP, Balance, MoE
 from nano3.model.norm import RMSNorm
+from nano3.parallel.collectives import all_stack
+from nano3.parallel.mesh import ALONE, Mesh
+from nano3.parallel.tensor import leave
 
 MIXERS = {
     "M": Mamba,
     "E": MoE,
     "*": Attention,
-    "-": lambda c: MLP(c.hidden_size, c.intermediate_size),
+    "-": lambda c, mesh: MLP(c.hidden_size, c.intermediate_size, mesh),
 }
 
 
 class Block(nn.Module):
     """x + mixer(norm(x)).  One mixer per block; there is no separate MLP sub-layer."""
 
-    def __init__(self, c: ModelConfig, letter: str) -> None:
+    def __init__(self, c: ModelConfig, letter: str, mesh: Mesh) -> None:
         super().__init__()
         self.kind = KINDS[letter]
         self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
-        self.mixer = MIXERS[letter](c)
+        self.mixer = MIXERS[letter](c, mesh)
 
-    def forward(self, x: Tensor, seq_idx: Tensor | None, cache: LayerState = None) -> tuple[Tensor, Balance | None]:
-        y = self.mixer(self.norm(x), seq_idx, cache)
+    def forward(
+        self, x: Tensor, seq_idx: Tensor | None, cache: LayerState, whole: bool
+    ) -> tuple[Tensor, Balance | None]:
+        y = self.mixer(self.norm(x), seq_idx, cache, whole)
         y, balance = y if isinstance(y, tuple) else (y, None)
         return x + y, balance
 
@@ -46,52 +52,105 @@ class Block(nn.Module):
 
 
 class Output(NamedTuple):
-    hidden: Tensor  # (B, S, D), after the last norm
+    hidden: Tensor  # (B, S / tp, D); after the last norm where the part holds the model's end
     balance: list[Balance]  # one per mixture layer, empty in eval mode
 
 
 class Nano3(nn.Module):
-    """recompute: kinds of block whose activations are computed again in the backward pass instead of being kept."""
+    """The model, or one rank's share of it.
 
-    def __init__(self, c: ModelConfig, recompute: frozenset[str] = frozenset()) -> None:
+    recompute: kinds of block whose activations are computed again in the backward pass instead of being kept.
+    parts: the spans of layers that this rank holds, in order; None: all of them, in one span.  The span that starts at
+    layer 0 brings the embedding, the one that ends at the last layer the final norm and the head.  Names are those of
+    the whole model.
+    """
+
+    def __init__(
+        self,
+        c: ModelConfig,
+        recompute: frozenset[str] = frozenset(),
+        mesh: Mesh = ALONE,
+        parts: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
         super().__init__()
-        self.config, self.recompute = c, recompute
-        self.embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Block(c, letter) for letter in c.hybrid_override_pattern)
-        self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
-        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        L = c.num_hidden_layers
+        self.config, self.recompute, self.mesh = c, recompute, mesh
+        self.parts = list(parts or [(0, L)])
+        self.has_start, self.has_end = self.parts[0][0] == 0, self.parts[-1][1] == L
+        local_vocab = c.vocab_size // mesh.tp.size
+        if self.has_start:
+            self.embeddings = nn.Embedding(local_vocab, c.hidden_size)
+        mine = [i for start, stop in self.parts for i in range(start, stop)]
+        self.layers = nn.ModuleDict({str(i): Block(c, c.hybrid_override_pattern[i], mesh) for i in mine})
+        if self.has_end:
+            self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
+            self.lm_head = nn.Linear(c.hidden_size, local_vocab, bias=False)
 
-    def forward(self, tokens: Tensor, seq_idx: Tensor | None = None, cache: list[LayerState] | None = None) -> Output:
-        """tokens: (B, S) ids; seq_idx: (B, S), the document of each token of a packed row, non-decreasing.
+    def forward(
+        self, x: Tensor, seq_idx: Tensor | None = None, cache: list[LayerState] | None = None, part: int = 0
+    ) -> Output:
+        """x: (B, S) ids, or for a part that does not hold the start what the part before it gave, (B, S / tp, D).
 
-        With a cache the row continues what the cache has seen, and the cache moves on by S tokens.
+        seq_idx: (B, S), the document of each token of a packed row, non-decreasing.  With a cache the row continues
+        what the cache has seen, and the cache moves on by S tokens; all tp ranks then hold all S tokens.
         """
         if cache is not None and seq_idx is not None:
             raise ValueError("a cached row holds one document: pass either cache or seq_idx")
-        x = self.embeddings(tokens)
+        whole = cache is not None
+        start, stop = self.parts[part]
+        if start == 0:
+            x = self.embed(x, whole)
         balance = []
-        for i, block in enumerate(self.layers):
+        for i in range(start, stop):
+            block, state = self.layers[str(i)], None if cache is None else cache[i]
             if self.training and block.kind in self.recompute:
-                x, report = checkpoint(block, x, seq_idx, use_reentrant=False)
+                x, report = checkpoint(block, x, seq_idx, state, whole, use_reentrant=False)
             else:
-                x, report = block(x, seq_idx, None if cache is None else cache[i])
+                x, report = block(x, seq_idx, state, whole)
             if report is not None:
                 balance.append(report)
-        return Output(self.norm_f(x), balance)
+        return Output(self.norm_f(x) if self.is_end(part) else x, balance)
 
-    def step(self, tokens: Tensor, cache: list[LayerState]) -> Tensor:
-        """One token of decoding per sequence: (B,) ids -> (B, V) logits in fp32.  Moves the cache on by one token."""
-        x = self.embeddings(tokens)
-        for block, state in zip(self.layers, cache, strict=True):
-            x = block.step(x, state)
-        return self.logits(self.norm_f(x))
+    def step(self, x: Tensor, cache: list[LayerState], part: int = 0) -> Tensor:
+        """One token of decoding per sequence: (B,) ids, or (B, D) -> (B, D).  Moves the cache on by one token."""
+        start, stop = self.parts[part]
+        if start == 0:
+            x = self.embed(x, whole=True)
+        for i in range(start, stop):
+            x = self.layers[str(i)].step(x, cache[i])
+        return self.norm_f(x) if self.is_end(part) else x
+
+    def embed(self, tokens: Tensor, whole: bool) -> Tensor:
+        """(B, S) ids -> (B, S / tp, D).  Each tp rank looks up the ids of its rows and adds zero for all others."""
+        tp = self.mesh.tp
+        if tp.size == 1:
+            return self.embeddings(tokens)
+        local = tokens - self.vocab_offset
+        mine = (local >= 0) & (local < self.embeddings.num_embeddings)
+        x = self.embeddings(local.where(mine, 0)) * mine.unsqueeze(-1)
+        return leave(x, tp, whole)
+
+    @property
+    def vocab_offset(self) -> int:
+        """The first id of this tp rank's slice of the vocabulary."""
+        return self.config.vocab_size // self.mesh.tp.size * self.mesh.tp.rank
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V), in fp32 (float64 for float64).  Training never calls this: its loss works in chunks."""
         y = self.lm_head(hidden)
-        return y.to(torch.promote_types(y.dtype, torch.float32))
+        y = y.to(torch.promote_types(y.dtype, torch.float32))
+        return y if self.mesh.tp.size == 1 else torch.cat(list(all_stack(y, self.mesh.tp.group)), dim=-1)
 
     @property
-    def routers(self) -> list[nn.Module]:
-        """The routers in the order of Output.balance."""
-        return [block.mixer.gate for block in self.layers if block.kind == "moe"]
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return next(b.norm.weight for b in self.layers.values()).dtype
+
+    def is_end(self, part: int) -> bool:
+        """Whether a part ends with the head."""
+        return self.parts[part][1] == self.config.num_hidden_layers
+
+    @property
+    def routers(self) -> dict[str, nn.Module]:
+        """The routers by layer, in the order of Output.balance."""
+        return {i: block.mixer.gate for i, block in self.layers.items() if block.kind == "moe"}

@@ -15,28 +15,38 @@ from torch import Tensor, nn
 from kernels.grouped_gemm import experts
 from kernels.routing import Routes, expert_counts, route
 from nano3.config import ModelConfig
+from nano3.parallel.collectives import all_sum
+from nano3.parallel.expert import Trip
+from nano3.parallel.mesh import ALONE, Axis, Mesh
+from nano3.parallel.tensor import enter, leave
 
 
 class Balance(NamedTuple):
     """What a mixture layer reports about its routing."""
 
-    aux_B: Tensor  # the auxiliary loss of each sequence, before its coefficient; 1 at perfect balance
-    counts_E: Tensor  # rows each expert was given, int64
+    aux_B: (
+        Tensor  # auxiliary loss of each sequence, before its coefficient, 1 at perfect balance; this tp rank's summand
+    )
+    counts_E: Tensor  # rows that the tokens of this rank gave each expert, int64
 
 
 class MLP(nn.Module):
-    """down relu(up x)^2, without a gate."""
+    """down relu(up x)^2, without a gate.  Each tp rank has hidden / tp of the hidden units."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, mesh: Mesh = ALONE) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.tp = mesh.tp
+        self.up_proj = nn.Linear(width, hidden // self.tp.size, bias=False)
+        self.down_proj = nn.Linear(hidden // self.tp.size, width, bias=False)
 
-    def forward(self, u: Tensor, seq_idx: Tensor | None = None, cache: None = None) -> Tensor:  # (..., D) -> (..., D)
-        return self.down_proj(self.up_proj(u).relu().square())
+    def hidden(self, u: Tensor) -> Tensor:
+        return self.up_proj(u).relu().square()
+
+    def forward(self, u: Tensor, seq_idx: Tensor | None, cache: None, whole: bool) -> Tensor:  # (..., D) -> (..., D)
+        return leave(self.down_proj(self.hidden(enter(u, self.tp, whole))), self.tp, whole)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        return self(u)
+        return self(u, None, None, whole=True)
 
 
 class Router(nn.Module):
@@ -52,7 +62,7 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All experts in two tensors, one matrix [out, in] per expert."""
+    """A rank's experts in two tensors, one matrix [out, in] per expert."""
 
     def __init__(self, E: int, D: int, F: int, backend: str) -> None:
         super().__init__()
@@ -60,46 +70,64 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
         self.backend = backend
 
-    def forward(self, x_TD: Tensor, routes: Routes, counts_E: Tensor) -> Tensor:
-        weights, ids = routes.weights_TK, routes.experts_TK
-        return experts(x_TD, weights, ids, counts_E, self.up_proj, self.down_proj, self.backend)
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, counts_E: Tensor, rows: int) -> Tensor:
+        """The id E stands for a choice that is computed elsewhere; `rows` choices are computed here."""
+        return experts(x_TD, weights_TK, experts_TK, counts_E, self.up_proj, self.down_proj, self.backend, rows=rows)
 
 
 class MoE(nn.Module):
-    def __init__(self, c: ModelConfig) -> None:
+    """Routing looks at the tokens that a rank holds; they travel to their experts' ranks while the shared expert, split
+    over tp like any MLP, computes its first product, and back during its second."""
+
+    def __init__(self, c: ModelConfig, mesh: Mesh = ALONE) -> None:
         super().__init__()
+        self.tp, self.ep = mesh.tp, mesh.ep
         self.E, self.K = c.n_routed_experts, c.num_experts_per_tok
         self.gate = Router(c)
-        self.experts = Experts(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size, c.kernels.experts)
-        self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size)
+        mine = c.n_routed_experts // self.ep.size
+        self.experts = Experts(mine, c.hidden_size, c.moe_intermediate_size, c.kernels.experts)
+        self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size, mesh)
 
-    def forward(self, u: Tensor, seq_idx: Tensor | None = None, cache: None = None) -> Tensor | tuple[Tensor, Balance]:
-        """(B, S, D) -> (B, S, D); in training mode also the Balance of this layer."""
+    def forward(
+        self, u: Tensor, seq_idx: Tensor | None, cache: None, whole: bool
+    ) -> tuple[Tensor, Balance | None]:  # (B, S / tp, D) -> (B, S / tp, D)
         x = u.flatten(0, -2)
-        routes = self.gate(x)
+        mine = (
+            slice(self.tp.rank, None, self.tp.size) if whole else slice(None)
+        )  # ranks that hold all tokens share them
+        routes = self.gate(x[mine])
         counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
-        y = self.experts(x, routes, counts).view_as(u) + self.shared_experts(u)
+        trip = Trip(x[mine], routes.weights_TK, routes.experts_TK, counts, self.ep)
+        hidden = self.shared_experts.hidden(enter(u, self.tp, whole))
+        trip.depart_home(self.experts(*trip.arrive()))
+        y = self.shared_experts.down_proj(hidden)
+        routed = trip.arrive_home()
+        if whole and self.tp.size > 1:
+            routed = torch.zeros_like(x).index_copy(0, torch.arange(len(x), device=x.device)[mine], routed)
+            return leave(y + routed.view_as(u), self.tp, whole), None
+        y = leave(y, self.tp, whole) + routed.view_as(u)
         if not self.training:
-            return y
-        return y, Balance(sequence_balance_loss(routes.scores_TE.view(*u.shape[:-1], self.E), self.K), counts)
+            return y, None
+        scores = routes.scores_TE.view(*u.shape[:-1], self.E)
+        return y, Balance(sequence_balance_loss(scores, self.K, self.tp), counts)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        y = self(u)
-        return y[0] if self.training else y
+        return self(u, None, None, whole=True)[0]
 
 
-def sequence_balance_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
+def sequence_balance_loss(scores_BSE: Tensor, top_k: int, tp: Axis = ALONE.tp) -> Tensor:
     """E / (K S^2) * sum_i c_i sum_t p_ti per sequence, (B,): 1 when every expert is chosen equally often.
 
     p are the scores normalised over all experts; c_i counts the tokens whose K largest p, without bias or group limits,
     hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one
-    sequence.
+    sequence.  With the sequence split over tp, c is the whole sequence's and the sum over t this rank's, so the ranks'
+    results add up to the loss.
     """
-    S, E = scores_BSE.shape[1:]
+    S, E = scores_BSE.shape[1] * tp.size, scores_BSE.shape[2]
     p = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)
     with torch.no_grad():
         chosen = torch.zeros_like(p).scatter_(-1, p.topk(top_k, dim=-1).indices, 1.0)
-        counts = chosen.sum(1)  # (B, E)
+        counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
     return (counts * p.sum(1)).sum(-1) * (E / (top_k * S * S))
 
 

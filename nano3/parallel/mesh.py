@@ -1,50 +1,57 @@
-"""The process grid.  In this version every rank is data parallel: it has the whole model and a share of each batch."""
+"""The process grid as this rank sees it: its place on each axis, and the groups to talk through."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from nano3.config import Config, UserError
+from nano3.parallel.layout import AXES, Layout, check_layout, kv_copies
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the grid.  The group is None where the size is 1, and no call is made on it."""
+
+    size: int = 1
+    rank: int = 0  # this rank's place on the axis
+    group: dist.ProcessGroup | None = None
+    ranks: tuple[int, ...] = (0,)  # global ranks along the axis, in order
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place and groups.  A group is None where its size is 1, and no call is made on it."""
+    """Axes as in `layout.py`; `kv` holds the tp ranks that share a KV head."""
 
-    rank: int
-    world: int
-    device: torch.device
-    dp: dist.ProcessGroup | None
-
-    @property
-    def dp_size(self) -> int:
-        return self.world
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    layout: Layout = field(default_factory=Layout)
+    tp: Axis = Axis()
+    cp: Axis = Axis()
+    dp: Axis = Axis()
+    pp: Axis = Axis()
+    ep: Axis = Axis()
+    edp: Axis = Axis()
+    data: Axis = Axis()
+    block: Axis = Axis()
+    kv: Axis = Axis()
+    all: Axis = Axis()
+    channels: dict[tuple[int, int, str], dist.ProcessGroup] = field(default_factory=dict)
+    # (from, to, "F" or "B"): two ranks, one direction, one kind of message
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank == self.pp.size - 1
 
-def check_layout(config: Config, world: int) -> None:
-    """Raise UserError if `world` ranks cannot run this configuration."""
-    p, t = config.parallel, config.train
-    for axis in ("tp", "ep", "pp", "cp"):
-        if (size := getattr(p, axis)) > 1:
-            raise UserError(
-                f"parallel.{axis}={size} is not available in this version, which is data parallel only; "
-                f"set parallel.{axis}=1 and start one rank per GPU with torchrun"
-            )
-    micro = t.micro_batch_size or 1
-    if t.global_batch_size % (per := micro * world):
-        near = max(per, round(t.global_batch_size / per) * per)
-        raise UserError(
-            f"train.global_batch_size={t.global_batch_size} is not a multiple of train.micro_batch_size="
-            f"{micro} x {world} data-parallel rank{'s' * (world > 1)}; "
-            f"use train.global_batch_size={near}, or another train.micro_batch_size"
-        )
+
+ALONE = Mesh()
 
 
 def pick_device(asked: str, local_rank: int) -> torch.device:
@@ -62,11 +69,40 @@ def pick_device(asked: str, local_rank: int) -> torch.device:
 
 
 def create_mesh(config: Config, world: int, rank: int, local_rank: int) -> Mesh:
-    """Join the other ranks (torchrun's environment tells torch.distributed where they are)."""
-    check_layout(config, world)
+    """Join the other ranks (torchrun's environment tells torch.distributed where they are) and take a place."""
+    layout = check_layout(config, world)
     device = pick_device(config.train.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
-    return Mesh(rank, world, device, dist.group.WORLD if world > 1 else None)
+    return lay_out(config, layout, rank, device)
+
+
+def lay_out(config: Config, layout: Layout, rank: int, device: torch.device) -> Mesh:
+    """The mesh of an initialised process group of at least `layout.world` ranks; every one of its ranks calls this.
+
+    A rank beyond the layout's world takes part in making the groups, as torch.distributed asks, and sits in none.
+    """
+
+    def axis(groups: list[list[int]]) -> Axis:
+        mine = Axis()
+        for ranks in groups:
+            group = dist.new_group(ranks) if len(ranks) > 1 else None  # one each: messages of two axes never queue up
+            if rank in ranks:
+                mine = Axis(len(ranks), ranks.index(rank), group, tuple(ranks))
+        return mine
+
+    axes = {"all" if name == "world" else name: axis(layout.groups(name)) for name in AXES}
+    copies = kv_copies(config, layout.tp)
+    axes["kv"] = axis([g[i : i + copies] for g in layout.groups("tp") for i in range(0, layout.tp, copies)])
+    channels = {}
+    if layout.pp > 1:
+        for ranks in layout.groups("pp"):
+            following = zip(ranks, ranks[1:] + ranks[:1], strict=True)
+            for a, b in list(following) if config.parallel.virtual_pp > 1 else list(following)[:-1]:
+                for key in ((a, b, "F"), (b, a, "B")):
+                    group = dist.new_group([a, b])
+                    if rank in (a, b):
+                        channels[key] = group
+    return Mesh(rank, layout.world, device, layout, **axes, channels=channels)

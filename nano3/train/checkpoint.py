@@ -21,12 +21,15 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nano3.cli import to_yaml
 from nano3.config import Config, ModelConfig, UserError, merge
 from nano3.model.init import allocate, named_tensors
+from nano3.model.layout import whole_shapes
 from nano3.model.model import Nano3
+from nano3.parallel.mesh import ALONE, Mesh
+from nano3.train.collect import STATE, take_share, whole_model, whole_state
 from nano3.train.optim import AdamW
 
 FORMAT = 1
@@ -42,16 +45,23 @@ class Progress:
     tokens: int = 0  # tokens that carried a loss
 
 
-def save(folder: Path, config: Config, model: nn.Module, optimizer: AdamW, progress: Progress) -> Path:
-    """Write DIR/iter_NNNNNNN and point to it.  Raises UserError if the disk refuses."""
+def save(folder: Path, config: Config, model: Nano3, optimizer: AdamW, progress: Progress) -> Path:
+    """Write DIR/iter_NNNNNNN and point to it.  Every rank calls; the first one writes the whole, whatever the layout.
+
+    Raises UserError if the disk refuses.
+    """
     final = folder / f"iter_{progress.iteration:07d}"
+    optimizer.finish_gather()
+    tensors, state = whole_model(model), whole_state(model, optimizer)
+    if not model.mesh.is_main:
+        return final
     temporary = folder / f".incomplete_{final.name}"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / "config.yaml").write_text(to_yaml(config))
-        save_file(_contiguous(named_tensors(model)), temporary / "model.safetensors")
-        save_file(_contiguous(optimizer.state()), temporary / "optimizer.safetensors")
+        save_file(tensors, temporary / "model.safetensors")
+        save_file(state, temporary / "optimizer.safetensors")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, "progress": vars(progress), "files": files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -115,14 +125,21 @@ def read_config(folder: Path) -> Config:
     )
 
 
-def load(path: str, setting: str, model: nn.Module, optimizer: AdamW | None) -> Progress:
-    """Restore model and optimizer in place from a checkpoint of the same geometry."""
+def load(path: str, setting: str, model: Nano3, optimizer: AdamW) -> Progress:
+    """Restore this rank's share of model and optimizer in place from a checkpoint of the same geometry, any layout."""
     folder = find(path, setting)
     progress = read_manifest(folder, setting)
-    _copy_into(named_tensors(model), folder / "model.safetensors", setting)
-    if optimizer is not None:
-        with safe_open(folder / "optimizer.safetensors", "pt") as f:
-            optimizer.load_state({k: f.get_tensor(k) for k in f.keys()})  # noqa: SIM118  (safe_open is not a dict)
+    _copy_into(model, folder / "model.safetensors", setting)
+    state: dict[str, dict[str, Tensor]] = {}
+    with safe_open(folder / "optimizer.safetensors", "pt") as f:
+        stored = set(f.keys())
+        for name in optimizer.parameters:
+            state[name] = {
+                kind: optimizer.shard(name, take_share(model, name, f.get_tensor(f"{name}.{kind}")))
+                for kind in STATE
+                if f"{name}.{kind}" in stored
+            }
+    optimizer.load_state(state, progress.iteration)
     return progress
 
 
@@ -131,37 +148,39 @@ def load_model(path: str, setting: str, device: torch.device, dtype: torch.dtype
     folder = find(path, setting)
     read_manifest(folder, setting)
     config = read_config(folder)
-    model = build(config.model)
+    model = build(config.model, mesh=Mesh(device=device))
     with safe_open(folder / "model.safetensors", "pt") as f:
         stored = f.get_tensor("embeddings.weight").dtype
     allocate(model, device, dtype or stored)
-    _copy_into(named_tensors(model), folder / "model.safetensors", setting)
+    _copy_into(model, folder / "model.safetensors", setting)
     return model.eval(), config
 
 
-def build(c: ModelConfig, recompute: frozenset[str] = frozenset()) -> Nano3:
+def build(
+    c: ModelConfig,
+    recompute: frozenset[str] = frozenset(),
+    mesh: Mesh = ALONE,
+    parts: list[tuple[int, int]] | None = None,
+) -> Nano3:
     """The model without memory, on the meta device."""
     with torch.device("meta"):
-        return Nano3(c, recompute)
+        return Nano3(c, recompute, mesh, parts)
 
 
 @torch.no_grad()
-def _copy_into(tensors: dict[str, Tensor], file: Path, setting: str) -> None:
+def _copy_into(model: Nano3, file: Path, setting: str) -> None:
+    shapes = {name: tuple(shape) for name, shape in whole_shapes(model.config).items()}
     with safe_open(file, "pt") as f:
-        stored = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}  # noqa: SIM118
-        for name in tensors.keys() | stored.keys():
-            mine = tuple(tensors[name].shape) if name in tensors else None
-            if mine != stored.get(name):
+        stored = {k: tuple(f.get_slice(k).get_shape()) for k in list(f.keys())}
+        for name in shapes.keys() | stored.keys():
+            if shapes.get(name) != stored.get(name):
                 raise UserError(
                     f"{setting}: {file} does not fit the model: {name} is {stored.get(name, 'absent')} there and "
-                    f"{mine or 'absent'} here; use the model settings it was trained with (config.yaml beside it)"
+                    f"{shapes.get(name, 'absent')} here; use the model settings it was trained with "
+                    "(config.yaml beside it)"
                 )
-        for name, tensor in tensors.items():
-            tensor.copy_(f.get_tensor(name))
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: t.detach().contiguous() for k, t in tensors.items()}
+        for name, tensor in named_tensors(model).items():
+            tensor.copy_(take_share(model, name, f.get_tensor(name)))
 
 
 def _digest(path: Path) -> str:

@@ -6,7 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nano3.config import Config, ModelConfig, UserError
+from nano3.config import KINDS, Config, ModelConfig, UserError
+from nano3.parallel.pipeline_schedule import cut, spans_of
 from nano3.presets import PRESETS
 
 GiB = 1 << 30
@@ -130,6 +131,22 @@ def activation_bytes(c: ModelConfig, letter: str, seq_length: int, bf16: bool, r
         "-": e * 3 * c.intermediate_size,
     }
     return 3 * e * D + kept[letter]
+
+
+def stage_spans(config: Config) -> list[tuple[int, int]]:
+    """(start, stop) of the layers of each virtual stage: as asked, or cut so that the costliest costs least."""
+    c, p = config.model, config.parallel
+    parts, pattern = p.pp * p.virtual_pp, c.hybrid_override_pattern
+    if p.stages is not None:
+        return spans_of(p.stages, len(pattern), parts)
+    flops = training_flops(c, config.dataset.seq_length)
+    each = {letter: flops[letter] / max(1, pattern.count(letter)) for letter in KINDS}
+    return cut([each[letter] for letter in pattern], parts, 0.0, flops["head"])
+
+
+def rank_parts(config: Config, stage: int) -> list[tuple[int, int]]:
+    """The spans of layers that the ranks of one pipeline stage hold."""
+    return stage_spans(config)[stage :: config.parallel.pp]
 
 
 def machine_memory(device_type: str) -> int:

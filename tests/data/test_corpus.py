@@ -50,7 +50,7 @@ def test_every_window_once_per_epoch_then_in_another_order(text: EmbeddedText) -
 def test_a_global_batch_does_not_depend_on_ranks_or_micro_batches(name: str, ranks: int) -> None:
     config = small(f"dataset={name}")
     data = load_dataset(config, ByteTokenizer())
-    whole = [torch.cat(t) for t in zip(*micro_batches(data, "train", 24, 8, 8, 0, 1), strict=True)]
+    whole = [torch.cat(t) for t in zip(*(b[:2] for b in micro_batches(data, "train", 24, 8, 8, 0, 1)), strict=True)]
     assert torch.equal(whole[0][:, 1:], whole[1][:, :-1])
     for micro in (1, 2):
         parts = [

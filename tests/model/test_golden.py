@@ -72,7 +72,7 @@ def test_states_after_thirty_seven_tokens_and_decoding(golden: Nano3) -> None:
     assert [cache[i].state.norm().item() for i in (0, 2)] == pytest.approx([2.909058, 0.986000], abs=2e-6)
     with torch.inference_mode():
         full = golden.logits(golden(golden_ids()).hidden)
-        decoded = torch.stack([golden.step(golden_ids()[:, t], cache) for t in range(37, 40)], dim=1)
+        decoded = torch.stack([golden.logits(golden.step(golden_ids()[:, t], cache)) for t in range(37, 40)], dim=1)
     assert (decoded - full[:, 37:]).abs().max().item() <= digits(golden, 1e-13, 5e-6)
     golden.train()
 
@@ -131,9 +131,9 @@ def test_routing_counts_bias_step_and_auxiliary_loss(golden: Nano3) -> None:
 
 
 def test_bias_free_counts(golden: Nano3) -> None:
-    biases = [r.e_score_correction_bias.clone() for r in golden.routers]
+    biases = [r.e_score_correction_bias.clone() for r in golden.routers.values()]
     seen = []
-    for i, router in enumerate(golden.routers):  # one layer at a time: a bias changes what the next layer sees
+    for i, router in enumerate(golden.routers.values()):  # one layer at a time: a bias changes what the next layer sees
         router.e_score_correction_bias.zero_()
         seen.append(golden(golden_ids()).balance[i].counts_E.tolist())
         router.e_score_correction_bias.copy_(biases[i])

@@ -2,11 +2,9 @@
 
 from nano3.cli import parser, resolve
 from nano3.config import Config
-from nano3.parallel.mesh import Mesh
+from nano3.parallel.mesh import ALONE
 from nano3.train.loop import Trainer
-from tests.oracles import CPU
 
-ALONE = Mesh(0, 1, CPU, None)
 SHRINK = [
     "model.hybrid_override_pattern=ME*-",
     "model.hidden_size=32",

@@ -1,0 +1,57 @@
+"""How a tensor lies over the ranks of one axis, as data: what to take of the whole, and how the parts make it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nano3.parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
+from nano3.parallel.mesh import Axis
+
+
+def enter(x: Tensor, tp: Axis, whole: bool) -> Tensor:
+    """Into a region where each tp rank computes some of the channels of every token.
+
+    Between the blocks each rank holds S / tp of the tokens (B, S / tp, D), which are gathered here; `whole`: every rank
+    holds all of them already, as in decoding, where there may be fewer tokens than ranks.
+    """
+    return copy_to(x, tp.group) if whole else gather_sequence(x, tp.group)
+
+
+def leave(y: Tensor, tp: Axis, whole: bool) -> Tensor:
+    """Out of it: the ranks' outputs are summands (B, S, D); each keeps its tokens' sum, or, if `whole`, all of them."""
+    return reduce_from(y, tp.group) if whole else scatter_sequence(y, tp.group)
+
+
+@dataclass(frozen=True)
+class Split:
+    """`dim` consists of consecutive `pieces`; each is cut evenly over the ranks of `axis`, and a rank has one cut of
+    each, one after the other.  `copies` consecutive ranks hold the same cut."""
+
+    axis: str  # tp or ep
+    dim: int
+    pieces: tuple[int, ...]
+    copies: int = 1
+
+    def take(self, whole: Tensor, axis: Axis) -> Tensor:
+        """This rank's part of the whole tensor, a view where the dimension has one piece."""
+        parts, index = axis.size // self.copies, axis.rank // self.copies
+        cuts = []
+        for piece in whole.split(list(self.pieces), self.dim):
+            width = piece.shape[self.dim] // parts
+            cuts.append(piece.narrow(self.dim, index * width, width))
+        return cuts[0] if len(cuts) == 1 else torch.cat(cuts, self.dim)
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The whole tensor from the parts of all ranks of the axis, in order."""
+        distinct = parts[:: self.copies]
+        widths = [piece // len(distinct) for piece in self.pieces]
+        pieces = zip(*(part.split(widths, self.dim) for part in distinct), strict=True)
+        return torch.cat([torch.cat(piece, self.dim) for piece in pieces], self.dim)
+
+    def shape(self, whole: torch.Size, axis: Axis) -> torch.Size:
+        out = list(whole)
+        out[self.dim] = sum(self.pieces) // (axis.size // self.copies)
+        return torch.Size(out)

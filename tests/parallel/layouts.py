@@ -1,0 +1,219 @@
+"""A pool of ranks that runs one layout after another, and what one process computes, to compare with.
+
+Started once: importing torch in eight processes takes longer than all the layouts together.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from nano3.config import Config
+from nano3.data.loader import Batch
+from nano3.model.init import allocate, initialise, named_tensors
+from nano3.model.layout import axis_of, split_of
+from nano3.model.model import Nano3
+from nano3.parallel.layout import check_layout
+from nano3.parallel.mesh import ALONE, Mesh, lay_out
+from nano3.train.checkpoint import build
+from nano3.train.loop import training_step
+from nano3.train.optim import AdamW
+from nano3.train.plan import rank_parts
+from tests.train.small import small
+
+CPU = torch.device("cpu")
+STEPS = 3
+
+# Every kind of block; 8 heads in 4 groups; 2 KV heads, fewer than tp=4; 8 experts, K=3 of them.
+MODEL = [
+    "model.hybrid_override_pattern=ME*-EMEM",
+    "model.hidden_size=24",
+    "model.mamba_num_heads=8",
+    "model.mamba_head_dim=4",
+    "model.n_groups=4",
+    "model.ssm_state_size=4",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.head_dim=8",
+    "model.n_routed_experts=8",
+    "model.num_experts_per_tok=3",
+    "model.moe_intermediate_size=12",
+    "model.moe_shared_expert_intermediate_size=16",
+    "model.intermediate_size=16",
+    "model.vocab_size=64",
+    "model.chunk_size=4",
+    "model.moe_aux_loss_coeff=0.1",
+    "model.moe_router_bias_update_rate=0.01",
+    "dataset.seq_length=16",
+    "train.global_batch_size=8",
+    "train.micro_batch_size=1",
+    "optimizer.lr=0.01",
+    "optimizer.clip_grad=1.0",
+]
+
+
+@dataclass
+class Result:
+    """What a run of a few optimizer steps leaves; tensors of the whole model, or one rank's share of them."""
+
+    losses: list[float]
+    balance: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]  # per step, summed over all ranks, before clipping
+    tensors: dict[str, Tensor]  # parameters and selection biases after the last step
+    evaluation: float
+    text: list[int]
+
+
+def config_for(overrides: list[str]) -> Config:
+    return small(*MODEL, *overrides)
+
+
+def batches_of(config: Config, step: int, packed: bool, dp_rank: int, dp_size: int) -> list[Batch]:
+    """This rank's micro-batches of random tokens; some are masked, and packed rows have boundaries of their own."""
+    g = np.random.default_rng(step)
+    rows, S, V = config.train.global_batch_size, config.dataset.seq_length, config.model.vocab_size
+    tokens = torch.from_numpy(g.integers(0, V, (rows, S)))
+    labels = torch.from_numpy(g.integers(0, V, (rows, S))).where(torch.from_numpy(g.random((rows, S)) > 0.2), -100)
+    seq_idx = torch.from_numpy((g.random((rows, S)) < 0.2).cumsum(1)) if packed else None
+    share = rows // dp_size
+    starts = range(dp_rank * share, (dp_rank + 1) * share, config.micro_batch(dp_size))
+    cut = [slice(i, i + config.micro_batch(dp_size)) for i in starts]
+    return [Batch(tokens[c], labels[c], None if seq_idx is None else seq_idx[c]) for c in cut]
+
+
+def train(config: Config, mesh: Mesh, packed: bool, starve: bool) -> tuple[Result, Nano3, AdamW]:
+    """STEPS optimizer steps in float64.  starve: a selection bias keeps one expert from ever being chosen."""
+    parts = rank_parts(config, mesh.pp.rank)
+    model = allocate(build(config.model, config.recompute, mesh, parts), CPU, torch.float64)
+    initialise(model, config.model, seed=5)
+    if starve:
+        for router in model.routers.values():
+            router.e_score_correction_bias[1] = -10.0
+    optimizer = AdamW(model, config.optimizer)
+    out = Result([], [], [], [], {}, 0.0, [])
+    collect = optimizer.reduced_gradients
+
+    def spy() -> dict[str, Tensor]:
+        found = collect()
+        out.gradients.append({n: g.clone() for n, g in found.items()})
+        return found
+
+    optimizer.reduced_gradients = spy
+    for step in range(STEPS):
+        rows = batches_of(config, step, packed, mesh.dp.rank, mesh.dp.size)
+        report = training_step(model, optimizer, rows, config, mesh, config.optimizer.lr, False)
+        out.losses.append(report.loss)
+        out.balance.append(report.aux)
+        out.norms.append(report.grad_norm)
+    optimizer.finish_gather()
+    out.tensors = {n: t.detach() for n, t in named_tensors(model).items()}
+    return out, model, optimizer
+
+
+def differences(config: Config, mesh: Mesh, truth: Result, packed: bool, starve: bool) -> dict[str, float]:
+    """The largest relative difference of each kind between this rank's share and one process."""
+    mine, model, optimizer = train(config, mesh, packed, starve)
+
+    def share(name: str, whole: Tensor) -> Tensor:
+        split = split_of(name, config.model, mesh.tp.size)
+        return whole if split is None else split.take(whole, axis_of(split, mesh))
+
+    def distance(name: str, got: Tensor, expected: Tensor, scale: Tensor) -> float:
+        assert got.shape == expected.shape, f"{name}: {got.shape} is not {expected.shape}"
+        return ((got - expected).norm() / scale.norm().clamp_min(1e-12)).item() if got.numel() else 0.0
+
+    def far(a: list[float], b: list[float]) -> float:
+        return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
+
+    worst = {
+        "losses": far(mine.losses, truth.losses),
+        "balance": far(mine.balance, truth.balance),
+        "norms": far(mine.norms, truth.norms),
+        "gradients": max(
+            distance(n, g, optimizer.shard(n, share(n, theirs[n])), theirs[n])
+            for ours, theirs in zip(mine.gradients, truth.gradients, strict=True)
+            for n, g in ours.items()
+        ),
+        "tensors": max(distance(n, t, share(n, truth.tensors[n]), truth.tensors[n]) for n, t in mine.tensors.items()),
+    }
+    return worst
+
+
+def _work(rank: int, world: int, port: int, inbox, outbox) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    while (task := inbox.get()) is not None:
+        overrides, ranks, packed, starve, truth = task
+        try:
+            config = config_for(overrides)
+            mesh = lay_out(config, check_layout(config, ranks), rank, CPU)
+            found = None
+            if rank < ranks:
+                found = differences(config, mesh, torch.load(truth, weights_only=False), packed, starve)
+            outbox.put((rank, found, None))
+        except Exception:
+            outbox.put((rank, None, traceback.format_exc()))
+    os._exit(0)  # without finalisation, as train.py does
+
+
+class Pool:
+    """`world` processes that wait for layouts."""
+
+    def __init__(self, world: int = 8) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        context = mp.get_context("spawn")
+        self.outbox = context.Queue()
+        self.inboxes = [context.Queue() for _ in range(world)]
+        self.folder = tempfile.TemporaryDirectory()
+        self.truths: dict[object, Path] = {}
+        self.processes = [
+            context.Process(target=_work, args=(r, world, port, box, self.outbox), daemon=True)
+            for r, box in enumerate(self.inboxes)
+        ]
+        for p in self.processes:
+            p.start()
+
+    def truth(self, overrides: list[str], packed: bool, starve: bool) -> Path:
+        """The same run in one process; the same for all layouts of a model."""
+        alone = [o for o in overrides if not o.startswith(("parallel.", "train.micro_batch_size"))]
+        key = (tuple(alone), packed, starve)
+        if key not in self.truths:
+            result, _, _ = train(config_for(alone), ALONE, packed, starve)
+            self.truths[key] = Path(self.folder.name) / f"{len(self.truths)}.pt"
+            torch.save(result, self.truths[key])
+        return self.truths[key]
+
+    def run(self, overrides: list[str], ranks: int, packed: bool = False, starve: bool = False) -> dict[str, float]:
+        """The worst differences over all ranks.  Raises RuntimeError with a rank's traceback."""
+        truth = self.truth(overrides, packed, starve)
+        for box in self.inboxes:
+            box.put((overrides, ranks, packed, starve, truth))
+        worst: dict[str, float] = {}
+        for _ in self.processes:
+            rank, found, error = self.outbox.get(timeout=120)
+            if error is not None:
+                raise RuntimeError(f"rank {rank}:\n{error}")
+            for kind, value in (found or {}).items():
+                worst[kind] = max(worst.get(kind, 0.0), value if value == value else float("inf"))
+        return worst
+
+    def close(self) -> None:
+        for box in self.inboxes:
+            box.put(None)
+        for p in self.processes:
+            p.join(timeout=10)
+            p.kill()
