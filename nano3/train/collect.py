@@ -31,16 +31,11 @@ def whole_model(model: Nano3) -> dict[str, Tensor]:
 
 def whole_state(model: Nano3, optimizer: AdamW) -> dict[str, Tensor]:
     """The optimizer's state for the whole model, on the CPU of the first rank; empty on the others."""
-    local = optimizer.state()
-    buffers = {n for n, _ in model.named_buffers()}
+    local, names = optimizer.state(), whole_shapes(model.config)
     out = {}
     for kind in STATE:
-        shares = {}
-        for name in whole_shapes(model.config):
-            if name in local and kind in local[name]:
-                shares[name] = optimizer.unshard(name, local[name][kind])
-            elif name not in buffers:
-                shares[name] = None
+        mine = {n: kept[kind] for n, kept in local.items() if kind in kept}
+        shares = {n: optimizer.unshard(n, mine[n]) if n in mine else None for n in names}
         out |= {f"{name}.{kind}": t for name, t in _collect(model, shares)}
     if model.mesh.is_main:
         step = torch.tensor(float(optimizer.steps))

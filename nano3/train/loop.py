@@ -6,137 +6,28 @@ import ctypes
 import math
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kernels._common import INTERPRET, triton
-from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from nano3.cli import difference, to_yaml
 from nano3.config import Config, UserError
 from nano3.data.corpus import load_dataset, tokenizer_name
-from nano3.data.loader import Batch, micro_batches
+from nano3.data.loader import micro_batches
 from nano3.data.tokenizer import load_tokenizer
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
-from nano3.model.model import Nano3
-from nano3.model.moe import update_selection_bias
-from nano3.parallel.collectives import all_stack, all_sum, gather_sequence
 from nano3.parallel.mesh import Mesh
-from nano3.parallel.pipeline import Wire, run
-from nano3.parallel.pipeline_schedule import Op, forward_only, schedule
 from nano3.train import checkpoint
 from nano3.train.checkpoint import Progress
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
 from nano3.train.plan import parameters, rank_parts, training_flops, uses_bf16
 from nano3.train.schedule import learning_rate
+from nano3.train.step import StepReport, TrainingError, evaluate, training_step
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}  # dense bf16, from the data sheets
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on, through no fault of the command line."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    loss: float  # nats per token, over the global batch
-    aux: float  # balance loss, mean over sequences, sum over layers, before its coefficient
-    grad_norm: float
-    tokens: int  # with a loss, over the global batch
-    loads: list[float]  # max over mean expert load, per mixture layer
-    stop: bool  # some rank was asked to stop
-
-
-def training_step(
-    model: Nano3, optimizer: AdamW, batches: list[Batch], config: Config, mesh: Mesh, lr: float, stop: bool
-) -> StepReport:
-    """One optimizer step over this rank's micro-batches of a global batch, ids of (B, S) on the CPU.
-
-    The loss is the sum over all real tokens of the global batch divided by their number, so gradients do not depend
-    on how the batch is cut into micro-batches or ranks.  Raises TrainingError before anything is updated if it is not
-    finite.
-    """
-    model.train()
-    c, device = config.model, mesh.device
-    acc = torch.promote_types(model.dtype, torch.float32)
-    here = torch.tensor(sum((b.labels != IGNORE).sum().item() for b in batches), device=device)
-    tokens = int(all_sum(here, mesh.dp.group))
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, balance loss, ranks asked to stop
-    sums[2] = float(stop)
-    counts: dict[int, Tensor] = {}  # part -> (mixture layers, E)
-
-    def forward(part: int, micro: int, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        batch = batches[micro].to(device)
-        out = model(batch.tokens if x is None else x, batch.seq_idx, part=part)
-        loss = None
-        if model.is_end(part):
-            labels = batch.labels.flatten()
-            weight = torch.full(labels.shape, 1 / max(1, tokens), dtype=acc, device=device)
-            loss, _ = head_loss(model, out.hidden, labels, weight, config)
-            if mesh.tp.rank == 0:  # every tp rank has the same
-                sums[0] += loss.detach()
-        if out.balance:
-            aux = torch.stack([b.aux_B.sum() for b in out.balance]).sum() / config.train.global_batch_size
-            sums[1] += aux.detach()
-            weighted = c.moe_aux_loss_coeff * aux
-            loss = weighted if loss is None else loss + weighted
-            counts_LE = torch.stack([b.counts_E for b in out.balance])
-            counts[part] = counts[part] + counts_LE if part in counts else counts_LE
-        return out.hidden, loss
-
-    def before_backward(op: Op) -> None:
-        optimizer.last_micro_batch = op.micro == len(batches) - 1
-
-    ops = schedule(mesh.pp.rank, mesh.pp.size, len(model.parts), len(batches))
-    run(ops, wire_for(model, batches[0]), forward, before_backward)
-    mean_loss, aux, stops = all_sum(sums, mesh.all.group).tolist()
-    if not math.isfinite(mean_loss):
-        raise TrainingError(f"the loss is {mean_loss}")
-    loads = _balance_experts(model, [counts[part] for part in sorted(counts)], mesh)
-    grad_norm = optimizer.step(lr)
-    if not math.isfinite(grad_norm):
-        raise TrainingError(f"the gradient norm is {grad_norm}")
-    return StepReport(mean_loss, aux, grad_norm, tokens, loads, stops > 0)
-
-
-def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh) -> list[float]:
-    """Move the selection biases by the whole step's counts.  Returns each layer's max over mean load, on every rank."""
-    c = model.config
-    at = {str(i): n for n, i in enumerate(i for i, x in enumerate(c.hybrid_override_pattern) if x == "E")}
-    if not at:
-        return []
-    loads = torch.zeros(len(at), dtype=torch.float64, device=mesh.device)
-    if counts:
-        total = all_sum(torch.cat(counts), mesh.block.group)
-        for (layer, router), counts_E in zip(model.routers.items(), total, strict=True):
-            update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
-            loads[at[layer]] = counts_E.amax() / counts_E.double().mean()
-    return all_sum(loads, mesh.pp.group).tolist()
-
-
-def wire_for(model: Nano3, batch: Batch) -> Wire:
-    """What carries micro-batches like this one between the stages."""
-    B, S = batch.tokens.shape
-    return Wire(model.mesh, len(model.parts), (B, S // model.mesh.tp.size, model.config.hidden_size), model.dtype)
-
-
-def head_loss(model: Nano3, hidden: Tensor, labels: Tensor, weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """The head and its loss on (B, S / tp, D), for every tp rank: the weighted sum, and the losses of all the tokens."""
-    group = model.mesh.tp.group
-    return linear_cross_entropy(
-        gather_sequence(hidden, group).flatten(0, 1),
-        model.lm_head.weight,
-        labels,
-        weight,
-        config.train.loss_chunk_tokens,
-        vocab_offset=model.vocab_offset,
-        gather=None if group is None else lambda statistics: all_stack(statistics, group),
-        backend=config.model.kernels.cross_entropy,
-    )
 
 
 class Trainer:
@@ -239,30 +130,14 @@ class Trainer:
             f"{what} at step {at + 1}{cause}; {resume}a lower optimizer.lr than {self.config.optimizer.lr:g}"
         )
 
-    @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss per token over the first eval_iters global batches of the validation split, the same every time."""
-        t, mesh, model = self.config.train, self.mesh, self.model
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+        t, mesh = self.config.train, self.mesh
         place = (t.global_batch_size, self.micro, mesh.dp.rank, mesh.dp.size)
-        for i in range(self.config.validation.eval_iters):
-            batches = list(micro_batches(self.data, "valid", i * t.global_batch_size, *place))
-
-            def forward(part: int, micro: int, x: Tensor | None, batches=batches) -> tuple[Tensor, None]:
-                batch = batches[micro].to(mesh.device)
-                hidden = model(batch.tokens if x is None else x, batch.seq_idx, part=part).hidden
-                if model.is_end(part):
-                    labels = batch.labels.flatten()
-                    weight = torch.ones(labels.shape, device=mesh.device)
-                    loss, _ = head_loss(model, hidden, labels, weight, self.config)
-                    if mesh.tp.rank == 0:
-                        sums.add_(torch.stack([loss.double(), (labels != IGNORE).sum().double()]))
-                return hidden, None
-
-            run(forward_only(mesh.pp.size, len(model.parts), len(batches)), wire_for(model, batches[0]), forward)
-        total, tokens = all_sum(sums, mesh.all.group).tolist()
-        return total / max(1.0, tokens)
+        firsts = range(0, self.config.validation.eval_iters * t.global_batch_size, t.global_batch_size)
+        return evaluate(
+            self.model, [list(micro_batches(self.data, "valid", first, *place)) for first in firsts], self.config
+        )
 
     def _evaluate(self, log: Log) -> float:
         loss, at = self.evaluate(), self.progress.iteration
@@ -294,8 +169,8 @@ class Trainer:
         self.saved = checkpoint.save(self.save_to, self.config, self.model, self.optimizer, self.progress)
 
     def _asked_to_stop(self, signum: int, _: object) -> None:
-        if self.asked_to_stop:  # twice: at once, then
-            raise KeyboardInterrupt
+        if self.asked_to_stop and signum == signal.SIGINT:  # Ctrl-C twice: at once, then
+            raise KeyboardInterrupt  # SIGTERM comes twice by itself: from the job scheduler and from torchrun
         self.asked_to_stop = True
 
     def _row(self, r: StepReport, lr: float, seconds: float) -> dict[str, object]:

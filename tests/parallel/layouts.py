@@ -6,6 +6,7 @@ Started once: importing torch in eight processes takes longer than all the layou
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import tempfile
 import traceback
@@ -20,15 +21,16 @@ from torch import Tensor
 
 from nano3.config import Config
 from nano3.data.loader import Batch
+from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.model.layout import axis_of, split_of
-from nano3.model.model import Nano3
 from nano3.parallel.layout import check_layout
 from nano3.parallel.mesh import ALONE, Mesh, lay_out
-from nano3.train.checkpoint import build
-from nano3.train.loop import training_step
+from nano3.train import checkpoint
+from nano3.train.checkpoint import Progress, build
 from nano3.train.optim import AdamW
 from nano3.train.plan import rank_parts
+from nano3.train.step import evaluate, training_step
 from tests.train.small import small
 
 CPU = torch.device("cpu")
@@ -75,7 +77,7 @@ class Result:
     text: list[int]
 
 
-def config_for(overrides: list[str]) -> Config:
+def config_for(overrides: tuple[str, ...]) -> Config:
     return small(*MODEL, *overrides)
 
 
@@ -92,12 +94,25 @@ def batches_of(config: Config, step: int, packed: bool, dp_rank: int, dp_size: i
     return [Batch(tokens[c], labels[c], None if seq_idx is None else seq_idx[c]) for c in cut]
 
 
-def train(config: Config, mesh: Mesh, packed: bool, starve: bool) -> tuple[Result, Nano3, AdamW]:
-    """STEPS optimizer steps in float64.  starve: a selection bias keeps one expert from ever being chosen."""
+@dataclass(frozen=True)
+class Case:
+    """packed: rows of several documents.  starve: a selection bias keeps one expert from ever being chosen.
+    save: write a checkpoint here after the second step; load: start from that one instead."""
+
+    overrides: tuple[str, ...]
+    ranks: int
+    packed: bool = False
+    starve: bool = False
+    save: str | None = None
+    load: str | None = None
+
+
+def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
+    """STEPS optimizer steps in float64, an evaluation, and some greedy tokens."""
     parts = rank_parts(config, mesh.pp.rank)
     model = allocate(build(config.model, config.recompute, mesh, parts), CPU, torch.float64)
     initialise(model, config.model, seed=5)
-    if starve:
+    if case.starve:
         for router in model.routers.values():
             router.e_score_correction_bias[1] = -10.0
     optimizer = AdamW(model, config.optimizer)
@@ -110,20 +125,27 @@ def train(config: Config, mesh: Mesh, packed: bool, starve: bool) -> tuple[Resul
         return found
 
     optimizer.reduced_gradients = spy
-    for step in range(STEPS):
-        rows = batches_of(config, step, packed, mesh.dp.rank, mesh.dp.size)
+    first = checkpoint.load(case.load, "test", model, optimizer).iteration if case.load else 0
+    for step in range(first, STEPS):
+        rows = batches_of(config, step, case.packed, mesh.dp.rank, mesh.dp.size)
         report = training_step(model, optimizer, rows, config, mesh, config.optimizer.lr, False)
         out.losses.append(report.loss)
         out.balance.append(report.aux)
         out.norms.append(report.grad_norm)
+        if case.save and step + 1 == 2:
+            checkpoint.save(Path(case.save), config, model, optimizer, Progress(2, 0, 0))
+    held_out = batches_of(config, 100, case.packed, mesh.dp.rank, mesh.dp.size)
+    out.evaluation = evaluate(model, [held_out], config)
     optimizer.finish_gather()
-    out.tensors = {n: t.detach() for n, t in named_tensors(model).items()}
-    return out, model, optimizer
+    out.tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
+    out.text = list(generate(model, [3, 1, 4, 1, 5], 3, prefill_chunk=3))
+    return out, optimizer
 
 
-def differences(config: Config, mesh: Mesh, truth: Result, packed: bool, starve: bool) -> dict[str, float]:
+def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[str, float]:
     """The largest relative difference of each kind between this rank's share and one process."""
-    mine, model, optimizer = train(config, mesh, packed, starve)
+    mine, optimizer = train(case, config, mesh)
+    steps = len(mine.losses)  # fewer than the truth's if the run began at a checkpoint
 
     def share(name: str, whole: Tensor) -> Tensor:
         split = split_of(name, config.model, mesh.tp.size)
@@ -136,18 +158,19 @@ def differences(config: Config, mesh: Mesh, truth: Result, packed: bool, starve:
     def far(a: list[float], b: list[float]) -> float:
         return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
-    worst = {
-        "losses": far(mine.losses, truth.losses),
-        "balance": far(mine.balance, truth.balance),
-        "norms": far(mine.norms, truth.norms),
+    return {
+        "losses": far(mine.losses, truth.losses[-steps:]),
+        "balance": far(mine.balance, truth.balance[-steps:]),
+        "norms": far(mine.norms, truth.norms[-steps:]),
+        "evaluation": far([mine.evaluation], [truth.evaluation]),
+        "text": float(mine.text != truth.text),
         "gradients": max(
             distance(n, g, optimizer.shard(n, share(n, theirs[n])), theirs[n])
-            for ours, theirs in zip(mine.gradients, truth.gradients, strict=True)
+            for ours, theirs in zip(mine.gradients, truth.gradients[-steps:], strict=True)
             for n, g in ours.items()
         ),
         "tensors": max(distance(n, t, share(n, truth.tensors[n]), truth.tensors[n]) for n, t in mine.tensors.items()),
     }
-    return worst
 
 
 def _work(rank: int, world: int, port: int, inbox, outbox) -> None:
@@ -155,13 +178,13 @@ def _work(rank: int, world: int, port: int, inbox, outbox) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     while (task := inbox.get()) is not None:
-        overrides, ranks, packed, starve, truth = task
+        case, truth = task
         try:
-            config = config_for(overrides)
-            mesh = lay_out(config, check_layout(config, ranks), rank, CPU)
+            config = config_for(case.overrides)
+            mesh = lay_out(config, check_layout(config, case.ranks), rank, CPU)
             found = None
-            if rank < ranks:
-                found = differences(config, mesh, torch.load(truth, weights_only=False), packed, starve)
+            if rank < case.ranks:
+                found = differences(case, config, mesh, pickle.loads(Path(truth).read_bytes()))
             outbox.put((rank, found, None))
         except Exception:
             outbox.put((rank, None, traceback.format_exc()))
@@ -179,7 +202,7 @@ class Pool:
         self.outbox = context.Queue()
         self.inboxes = [context.Queue() for _ in range(world)]
         self.folder = tempfile.TemporaryDirectory()
-        self.truths: dict[object, Path] = {}
+        self.truths: dict[Case, str] = {}
         self.processes = [
             context.Process(target=_work, args=(r, world, port, box, self.outbox), daemon=True)
             for r, box in enumerate(self.inboxes)
@@ -187,21 +210,22 @@ class Pool:
         for p in self.processes:
             p.start()
 
-    def truth(self, overrides: list[str], packed: bool, starve: bool) -> Path:
-        """The same run in one process; the same for all layouts of a model."""
-        alone = [o for o in overrides if not o.startswith(("parallel.", "train.micro_batch_size"))]
-        key = (tuple(alone), packed, starve)
+    def truth(self, case: Case) -> str:
+        """The file with what the same run gives in one process, which is the same for all layouts of a model."""
+        alone = tuple(o for o in case.overrides if not o.startswith(("parallel.", "train.")))
+        key = Case(alone, 1, case.packed, case.starve)
         if key not in self.truths:
-            result, _, _ = train(config_for(alone), ALONE, packed, starve)
-            self.truths[key] = Path(self.folder.name) / f"{len(self.truths)}.pt"
-            torch.save(result, self.truths[key])
+            result, _ = train(key, config_for(alone), ALONE)
+            path = Path(self.folder.name) / str(len(self.truths))
+            path.write_bytes(pickle.dumps(result))
+            self.truths[key] = str(path)
         return self.truths[key]
 
-    def run(self, overrides: list[str], ranks: int, packed: bool = False, starve: bool = False) -> dict[str, float]:
+    def run(self, case: Case) -> dict[str, float]:
         """The worst differences over all ranks.  Raises RuntimeError with a rank's traceback."""
-        truth = self.truth(overrides, packed, starve)
+        truth = self.truth(case)
         for box in self.inboxes:
-            box.put((overrides, ranks, packed, starve, truth))
+            box.put((case, truth))
         worst: dict[str, float] = {}
         for _ in self.processes:
             rank, found, error = self.outbox.get(timeout=120)

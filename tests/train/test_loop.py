@@ -17,7 +17,7 @@ from nano3.config import KINDS, UserError
 from nano3.data.loader import Batch, micro_batches
 from nano3.model.moe import sequence_balance_loss
 from nano3.train import checkpoint
-from nano3.train.loop import TrainingError, training_step
+from nano3.train.step import TrainingError, training_step
 from tests.conftest import ROOT
 from tests.train.small import ALONE, SHRINK, trainer
 

@@ -1,0 +1,151 @@
+"""What one optimizer step means, and one evaluation: the same under every layout.
+
+The loss of a step is the sum over all real tokens of the global batch divided by their number, so neither the loss nor
+the gradients depend on how the batch is cut into micro-batches or over ranks.  The pipeline's schedule decides the
+order (`nano3/parallel/pipeline_schedule.py`); with one stage it is plain accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from nano3.config import Config
+from nano3.data.loader import Batch
+from nano3.model.model import Nano3
+from nano3.model.moe import update_selection_bias
+from nano3.parallel.collectives import all_stack, all_sum, gather_sequence
+from nano3.parallel.mesh import Mesh
+from nano3.parallel.pipeline import Wire, run
+from nano3.parallel.pipeline_schedule import Op, forward_only, schedule
+from nano3.train.optim import AdamW
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, through no fault of the command line."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    loss: float  # nats per token, over the global batch
+    aux: float  # balance loss, mean over sequences, sum over layers, before its coefficient
+    grad_norm: float
+    tokens: int  # with a loss, over the global batch
+    loads: list[float]  # max over mean expert load, per mixture layer
+    stop: bool  # some rank was asked to stop
+
+
+def training_step(
+    model: Nano3, optimizer: AdamW, batches: list[Batch], config: Config, mesh: Mesh, lr: float, stop: bool
+) -> StepReport:
+    """One optimizer step over this rank's micro-batches of a global batch, which lie on the CPU.
+
+    Raises TrainingError before anything is updated if the loss is not finite, and after if the gradient norm is not.
+    """
+    model.train()
+    c, device = config.model, mesh.device
+    acc = torch.promote_types(model.dtype, torch.float32)
+    here = torch.tensor(sum((b.labels != IGNORE).sum().item() for b in batches), device=device)
+    tokens = int(all_sum(here, mesh.dp.group))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, balance loss, ranks asked to stop
+    sums[2] = float(stop)
+    counts: dict[int, Tensor] = {}  # part -> (mixture layers, E)
+
+    def forward(part: int, micro: int, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        batch = batches[micro].to(device)
+        out = model(batch.tokens if x is None else x, batch.seq_idx, part=part)
+        loss = None
+        if model.is_end(part):
+            labels = batch.labels.flatten()
+            weight = torch.full(labels.shape, 1 / max(1, tokens), dtype=acc, device=device)
+            loss, _ = head_loss(model, out.hidden, labels, weight, config)
+            if mesh.tp.rank == 0:  # every tp rank has the same
+                sums[0] += loss.detach()
+        if out.balance:
+            aux = torch.stack([b.aux_B.sum() for b in out.balance]).sum() / config.train.global_batch_size
+            sums[1] += aux.detach()
+            weighted = c.moe_aux_loss_coeff * aux
+            loss = weighted if loss is None else loss + weighted
+            counts_LE = torch.stack([b.counts_E for b in out.balance])
+            counts[part] = counts[part] + counts_LE if part in counts else counts_LE
+        return out.hidden, loss
+
+    def before_backward(op: Op) -> None:
+        optimizer.last_micro_batch = op.micro == len(batches) - 1
+
+    ops = schedule(mesh.pp.rank, mesh.pp.size, len(model.parts), len(batches))
+    run(ops, wire_for(model, batches[0]), forward, before_backward)
+    mean_loss, aux, stops = all_sum(sums, mesh.all.group).tolist()
+    if not math.isfinite(mean_loss):
+        raise TrainingError(f"the loss is {mean_loss}")
+    loads = _balance_experts(model, [counts[part] for part in sorted(counts)], mesh)
+    grad_norm = optimizer.step(lr)
+    if not math.isfinite(grad_norm):
+        raise TrainingError(f"the gradient norm is {grad_norm}")
+    return StepReport(mean_loss, aux, grad_norm, tokens, loads, stops > 0)
+
+
+def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh) -> list[float]:
+    """Move the selection biases by the whole step's counts.  Returns each layer's max over mean load, on every rank."""
+    c = model.config
+    at = {str(i): n for n, i in enumerate(i for i, x in enumerate(c.hybrid_override_pattern) if x == "E")}
+    if not at:
+        return []
+    loads = torch.zeros(len(at), dtype=torch.float64, device=mesh.device)
+    if counts:
+        total = all_sum(torch.cat(counts), mesh.block.group)
+        for (layer, router), counts_E in zip(model.routers.items(), total, strict=True):
+            update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
+            loads[at[layer]] = counts_E.amax() / counts_E.double().mean()
+    return all_sum(loads, mesh.pp.group).tolist()
+
+
+def wire_for(model: Nano3, batch: Batch) -> Wire:
+    """What carries micro-batches like this one between the stages."""
+    B, S = batch.tokens.shape
+    return Wire(model.mesh, len(model.parts), (B, S // model.mesh.tp.size, model.config.hidden_size), model.dtype)
+
+
+def head_loss(model: Nano3, hidden: Tensor, labels: Tensor, weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """The head and its loss on (B, S / tp, D), the same on every tp rank: weighted sum, and losses of all tokens."""
+    group = model.mesh.tp.group
+    return linear_cross_entropy(
+        gather_sequence(hidden, group).flatten(0, 1),
+        model.lm_head.weight,
+        labels,
+        weight,
+        config.train.loss_chunk_tokens,
+        vocab_offset=model.vocab_offset,
+        gather=None if group is None else lambda statistics: all_stack(statistics, group),
+        backend=config.model.kernels.cross_entropy,
+    )
+
+
+@torch.no_grad()
+def evaluate(model: Nano3, batches: Iterable[list[Batch]], config: Config) -> float:
+    """Mean loss per token over this and all other ranks' micro-batches, a list of them for each global batch."""
+    mesh = model.mesh
+    model.eval()
+    sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for rows in batches:
+
+        def forward(part: int, micro: int, x: Tensor | None, rows=rows) -> tuple[Tensor, None]:
+            batch = rows[micro].to(mesh.device)
+            hidden = model(batch.tokens if x is None else x, batch.seq_idx, part=part).hidden
+            if model.is_end(part):
+                labels = batch.labels.flatten()
+                acc = torch.promote_types(model.dtype, torch.float32)
+                weight = torch.ones(labels.shape, dtype=acc, device=mesh.device)
+                loss, _ = head_loss(model, hidden, labels, weight, config)
+                if mesh.tp.rank == 0:
+                    sums.add_(torch.stack([loss.double(), (labels != IGNORE).sum().double()]))
+            return hidden, None
+
+        run(forward_only(mesh.pp.size, len(model.parts), len(rows)), wire_for(model, rows[0]), forward)
+    total, tokens = all_sum(sums, mesh.all.group).tolist()
+    return total / max(1.0, tokens)
