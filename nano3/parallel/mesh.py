@@ -54,6 +54,15 @@ class Mesh:
 ALONE = Mesh()
 
 
+class LostContact(RuntimeError):
+    """Another rank is gone; this one is not at fault."""
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that a message to or from another rank failed.  gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def pick_device(asked: str, local_rank: int) -> torch.device:
     """cuda:local_rank or cpu.  Raises UserError where a GPU is asked for and there is none."""
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):

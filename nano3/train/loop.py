@@ -18,7 +18,7 @@ from nano3.data.loader import micro_batches
 from nano3.data.tokenizer import load_tokenizer
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
-from nano3.parallel.mesh import Mesh
+from nano3.parallel.mesh import LostContact, Mesh, lost_contact
 from nano3.train import checkpoint
 from nano3.train.checkpoint import Progress
 from nano3.train.metrics import Log, clock
@@ -112,6 +112,10 @@ class Trainer:
             report = training_step(self.model, self.optimizer, rows, self.config, mesh, lr, self.asked_to_stop)
         except TrainingError as error:
             raise self._diagnosis(str(error)) from None
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            raise self._lost(error) from None
         self.progress = Progress(p.iteration + 1, p.samples + t.global_batch_size, p.tokens + report.tokens)
         return report, lr
 
@@ -128,6 +132,13 @@ class Trainer:
         resume = f"resume from {self.saved} with " if self.saved else ""
         return TrainingError(
             f"{what} at step {at + 1}{cause}; {resume}a lower optimizer.lr than {self.config.optimizer.lr:g}"
+        )
+
+    def _lost(self, error: RuntimeError) -> Exception:
+        saved = f"; go on with checkpoint.load={self.save_to}" if self.saved else ""
+        return LostContact(
+            f"lost contact with another rank in step {self.progress.iteration + 1} "
+            f"({str(error).splitlines()[0][:200]}); the rank that failed first is named below{saved}"
         )
 
     def evaluate(self) -> float:
@@ -183,9 +194,7 @@ class Trainer:
             flops = sum(training_flops(self.config.model, self.config.dataset.seq_length).values())
             row["tflops"] = flops * speed / self.mesh.world / 1e12
             gpu = torch.cuda.get_device_name()
-            if (
-                peak := next((v for k, v in PEAK_TFLOPS.items() if k in gpu), None)
-            ) and self.model.lm_head.weight.itemsize == 2:
+            if (peak := next((v for k, v in PEAK_TFLOPS.items() if k in gpu), None)) and self.model.dtype.itemsize == 2:
                 row["mfu"] = row["tflops"] / peak
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return row
@@ -193,7 +202,7 @@ class Trainer:
     def _introduce(self, log: Log, folder: Path) -> None:
         self.first = self.progress.iteration
         config, n = self.config, parameters(self.config.model)
-        precision = str(self.model.lm_head.weight.dtype).removeprefix("torch.")
+        precision = str(self.model.dtype).removeprefix("torch.")
         log.say(
             f"nano3 {self.name}: {n.total:,} parameters, {n.active:,} active per token, {precision} on "
             f"{self.mesh.world} x {self.mesh.device.type}"
