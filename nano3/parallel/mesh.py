@@ -39,6 +39,7 @@ class Mesh:
     block: Axis = Axis()
     kv: Axis = Axis()
     all: Axis = Axis()
+    host: dist.ProcessGroup | None = None  # all ranks, on the CPU: for checkpoints written in the background
     channels: dict[tuple[int, int, str], dist.ProcessGroup] = field(default_factory=dict)
     # (from, to, "F" or "B"): two ranks, one direction, one kind of message
 
@@ -114,4 +115,5 @@ def lay_out(config: Config, layout: Layout, rank: int, device: torch.device) -> 
                     group = dist.new_group([a, b])
                     if rank in (a, b):
                         channels[key] = group
-    return Mesh(rank, layout.world, device, layout, **axes, channels=channels)
+    host = dist.new_group(list(range(layout.world)), backend="gloo") if layout.world > 1 else None
+    return Mesh(rank, layout.world, device, layout, **axes, host=host, channels=channels)

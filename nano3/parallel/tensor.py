@@ -28,12 +28,13 @@ def leave(y: Tensor, tp: Axis, whole: bool) -> Tensor:
 @dataclass(frozen=True)
 class Split:
     """`dim` consists of consecutive `pieces`; each is cut evenly over the ranks of `axis`, and a rank has one cut of
-    each, one after the other.  `copies` consecutive ranks hold the same cut."""
+    each, one after the other.  `copies` consecutive ranks hold the same cut.  `names` are the pieces', if several."""
 
     axis: str  # tp or ep
     dim: int
     pieces: tuple[int, ...]
     copies: int = 1
+    names: tuple[str, ...] = ("",)
 
     def take(self, whole: Tensor, axis: Axis) -> Tensor:
         """This rank's part of the whole tensor, a view where the dimension has one piece."""
@@ -50,6 +51,11 @@ class Split:
         widths = [piece // len(distinct) for piece in self.pieces]
         pieces = zip(*(part.split(widths, self.dim) for part in distinct), strict=True)
         return torch.cat([torch.cat(piece, self.dim) for piece in pieces], self.dim)
+
+    def whole_shape(self, local: torch.Size) -> torch.Size:
+        out = list(local)
+        out[self.dim] = sum(self.pieces)
+        return torch.Size(out)
 
     def shape(self, whole: torch.Size, axis: Axis) -> torch.Size:
         out = list(whole)

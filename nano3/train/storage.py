@@ -241,7 +241,7 @@ def _entry(raw: dict) -> Entry:
     ]
     entry = Entry(DTYPES[raw["dtype"]], tuple(map(int, raw["shape"])), chunks)
     for c in chunks:
-        inside = (0 <= o and o + s <= n for o, s, n in zip(c.offsets, c.shape, entry.shape, strict=True))
+        inside = (o >= 0 and o + s <= n for o, s, n in zip(c.offsets, c.shape, entry.shape, strict=True))
         if not all(inside):
             raise ValueError(c.name)
     return entry
