@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nano3.config import KINDS, UserError
-from nano3.data.loader import Batch, micro_batches
+from nano3.data.loader import Batch, Place, micro_batches
 from nano3.model.moe import sequence_balance_loss
 from nano3.train import checkpoint
 from nano3.train.step import TrainingError, training_step
@@ -26,7 +26,7 @@ from tests.train.small import ALONE, SHRINK, trainer
 
 def batches(t, first=0):
     c = t.config.train
-    return list(micro_batches(t.data, "train", first, c.global_batch_size, c.micro_batch_size, 0, 1))
+    return micro_batches(t.data, "train", first, Place(c.global_batch_size, c.micro_batch_size))
 
 
 def gradients_of_a_step(t, rows) -> dict[str, torch.Tensor]:
