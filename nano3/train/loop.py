@@ -154,8 +154,8 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss per token over the first eval_iters global batches of the validation split, the same every time."""
-        t, mesh = self.config.train, self.mesh
         batch = self.place.batch
+        firsts = range(0, self.config.validation.eval_iters * batch, batch)
         rows = (micro_batches(self.data, "valid", first, self.place) for first in firsts)
         return evaluate(self.model, rows, self.config)
 
