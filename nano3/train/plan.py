@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,9 +183,8 @@ def report(config: Config, name: str, world: int, device_type: str, have: int | 
         lines.append(f"between blocks a rank holds {B * S // layout.tp:,} tokens of a micro-batch")
     if layout.pp > 1:
         lines.append(f"pipeline: {layout.pp} stages, idle {idle_share(config, layout):.1%} of the time")
-    found = shares(config, layout, stage_spans(config), bf16)
-    lines += ["", *stage_table(config, layout, found, memories(config, world, device_type))]
-    lines += [verdict(memory(config, world, device_type).total, have), ""]
+    found, held = shares(config, layout, stage_spans(config), bf16), memories(config, world, device_type)
+    lines += ["", *stage_table(config, layout, found, held), verdict(max(m.total for m in held), have), ""]
     sent = [traffic(config, layout, share, bf16) for share in found]
     most = max(range(layout.pp), key=lambda i: sum(line.bytes for line in sent[i]))
     return "\n".join([*lines, traffic_table(sent[most], most)] if sent[most] else lines[:-1])
@@ -277,11 +277,12 @@ def check_fits(config: Config, name: str, world: int, device_type: str, ranks_he
     else:
         there, ranks = found
         nodes = f"--nnodes={-(-ranks // 8)} --rdzv-backend=c10d --rdzv-endpoint=HEAD:29400" if ranks > 8 else ""
-        command = ["train.py --mode pretrain --preset", name, *difference(there, name)]
+        changed = [setting for setting in difference(there, name) if setting != "train.device=cpu"]
+        command = shlex.join(["train.py", "--mode", "pretrain", "--preset", name, *changed])
         m = memory(there, ranks, "cuda")
         rows = ", ".join(f"{kind} {n / GiB:.1f}" for kind, n in vars(m).items())
         lines += [
-            f"where it fits: torchrun {nodes or '--standalone'} --nproc-per-node={min(8, ranks)} {' '.join(command)}",
+            f"where it fits: torchrun {nodes or '--standalone'} --nproc-per-node={min(8, ranks)} {command}",
             *(f"    {line}" for line in summary(there, name, ranks, "cuda").splitlines()),
             f"    memory of the fullest rank: {m.total / GiB:.1f} GiB ({rows})",
         ]

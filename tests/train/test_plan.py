@@ -1,6 +1,7 @@
 """Counts against the published model, the code's own tensors, and hand arithmetic."""
 
 import re
+import shlex
 from collections.abc import Callable
 
 import pytest
@@ -267,11 +268,11 @@ def test_where_it_fits_is_a_command_that_fits(monkeypatch: pytest.MonkeyPatch) -
     """Without a layout of its own a large mixture is told one, and what was typed is part of the command."""
     monkeypatch.setattr(plan, "machine_memory", lambda device: 16 << 30)
     with pytest.raises(UserError) as caught:
-        check_fits(preset("ladder-15b", "optimizer.lr=0.125"), "ladder-15b", 1, "cpu", 1)
+        check_fits(preset("ladder-15b", "train.recompute=[moe,mamba]", "train.device=cpu"), "ladder-15b", 1, "cpu", 1)
     words = next(x for x in str(caught.value).splitlines() if "where it fits" in x).split("train.py")
     assert "--standalone --nproc-per-node=8" in words[0]
-    there = resolve(parser().parse_args(words[1].split()))[0]
-    assert (there.parallel.ep, there.optimizer.lr) == (8, 0.125)
+    there = resolve(parser().parse_args(shlex.split(words[1])))[0]
+    assert (there.parallel.ep, there.train.recompute, there.train.device) == (8, ["moe", "mamba"], "auto")
     check_layout(there, 8)
     assert memory(there, 8, "cuda").total <= plan.USABLE * 80e9
 
@@ -326,7 +327,7 @@ def test_the_world_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_world_size_is_for_dry_runs() -> None:
-    with pytest.raises(UserError, match="--world-size 4 .* --dry-run"):
+    with pytest.raises(UserError, match=r"--world-size 4 .* --dry-run"):
         preset("tiny", "--world-size", "4")
     with pytest.raises(UserError, match="--world-size 0 must be at least 1"):
         preset("tiny", "--world-size", "0", "--dry-run")
