@@ -214,18 +214,20 @@ def test_the_kernels_keep_what_the_plan_says(monkeypatch: pytest.MonkeyPatch, ru
 
 
 @pytest.mark.parametrize("virtual", [1, 2])
-def test_activations_in_flight(virtual: int) -> None:
-    """Equal parts: as many of them as the schedule has in flight, each with the stream it hands on."""
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_activations_in_flight(virtual: int, recompute: str) -> None:
+    """Equal parts: as many of them as the schedule has in flight, each with the stream it hands on; and what passes."""
     stages = f"parallel.stages={[4 // virtual] * 2 * virtual}"
     text = f"parallel.pp=2 parallel.virtual_pp={virtual} model.hybrid_override_pattern=-------- train.precision=bf16"
-    config = config_for([*text.split(), stages])
+    config = config_for([*text.split(), stages, f"train.recompute={recompute}", "model.intermediate_size=512"])
     layout = check_layout(config, 2)
     for share in shares(config, layout, stage_spans(config), bf16=True):
-        layers = 4 // virtual
-        each = 16 * (layers * activation_bytes(config.model, "-", 16, 1, 1, 2, gpu=True) + 2 * 24)
+        stream, whole = 16 * 24 * 2, 16 * activation_bytes(config.model, "-", 16, 1, 1, 2, gpu=True)
+        each = 4 // virtual * (whole if recompute == "none" else stream) + stream
         flying = peak_in_flight(share.stage, 2, virtual, micro_batches(config, layout))
         head = 2 * (16 * 64 + 64 * 24 + 2 * 16 * 24) if share.stage == 1 else 0
-        assert activations(config, layout, share, bf16=True, gpu=True) == flying * each + head
+        passing = max(head, whole if recompute == "full" else 0)
+        assert activations(config, layout, share, bf16=True, gpu=True) == flying * each + passing
 
 
 def test_recompute_lowers_the_estimate() -> None:
