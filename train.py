@@ -7,6 +7,7 @@ python train.py --mode pretrain --preset tiny optimizer.lr=1e-3 train.train_iter
 
 import os
 import sys
+import time
 
 from nano3.cli import parser, resolve
 from nano3.config import UserError
@@ -54,7 +55,7 @@ def main() -> int:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
 
-    from nano3.parallel.mesh import create_mesh
+    from nano3.parallel.mesh import LostContact, create_mesh
     from nano3.train.loop import Trainer, TrainingError, keep_freed_memory
 
     try:
@@ -67,6 +68,10 @@ def main() -> int:
     except (UserError, TrainingError) as error:
         print(f"train.py: error: {f'rank {rank}: ' if world > 1 else ''}{error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except LostContact as error:
+        print(f"train.py: rank {rank}: {error}", file=sys.stderr)
+        time.sleep(3)  # let torchrun see the rank that failed first, and name it
+        return 1
     except KeyboardInterrupt:
         print("train.py: stopped at once, nothing saved since the last checkpoint", file=sys.stderr)
         return 130

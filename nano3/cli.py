@@ -117,6 +117,8 @@ def _split(overrides: list[str]) -> list[tuple[str, Any]]:
             value = OmegaConf.from_dotlist([f"v={text}"])["v"] if text else ""
         except Exception:  # not YAML: then it is plain text
             value = text
+        if OmegaConf.is_dict(value) and not text.startswith("{"):  # "def f(x):" is text too
+            value = text
         pairs.append((ALIASES.get(key, key), value))
     return pairs
 

@@ -255,6 +255,7 @@ class TrainConfig:
     recompute: Any = "none"  # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]
     loss_chunk_tokens: int = 2048  # logits exist for this many tokens at a time
     device: str = "auto"  # cuda, cpu, or auto
+    exit_duration_in_mins: float | None = None  # save and end after this much time
 
 
 @dataclass(kw_only=True)
@@ -313,7 +314,12 @@ class ValidationConfig:
 class CheckpointConfig:
     save: str | None = None  # folder for checkpoints; None: `checkpoints` in the run folder
     load: str | None = None  # folder to resume from
+    pretrained_checkpoint: str | None = None  # weights to start a new run from
+    resume_from_last_good: bool = False  # if `load` is damaged, take the newest checkpoint in its folder that is not
     save_interval: int = 200  # iterations; 0 saves at the end only
+    async_save: bool = True  # write while training goes on
+    most_recent_k: int = -1  # checkpoints to keep; -1 keeps all
+    save_retain_interval: int | None = None  # keep those at multiples of this number of iterations as well
 
 
 @dataclass(kw_only=True)

@@ -7,12 +7,19 @@ the same on every rank: norms, routers, selection biases.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from nano3.config import ModelConfig
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import Axis, Mesh
 from nano3.parallel.tensor import Split
+
+IN_PROJ = ("z", "x", "B", "C", "dt")  # the components of in_proj, in order
+CONV = ("x", "B", "C")
 
 
 def split_of(name: str, c: ModelConfig, tp: int) -> Split | None:
@@ -22,9 +29,9 @@ def split_of(name: str, c: ModelConfig, tp: int) -> Split | None:
     table = {
         "embeddings.weight": Split("tp", 0, (c.vocab_size,)),
         "lm_head.weight": Split("tp", 0, (c.vocab_size,)),
-        "mixer.in_proj.weight": Split("tp", 0, (c.d_inner, c.d_inner, bc, bc, c.mamba_num_heads)),  # z x B C dt
-        "mixer.conv1d.weight": Split("tp", 0, (c.d_inner, bc, bc)),
-        "mixer.conv1d.bias": Split("tp", 0, (c.d_inner, bc, bc)),
+        "mixer.in_proj.weight": Split("tp", 0, (c.d_inner, c.d_inner, bc, bc, c.mamba_num_heads), names=IN_PROJ),
+        "mixer.conv1d.weight": Split("tp", 0, (c.d_inner, bc, bc), names=CONV),
+        "mixer.conv1d.bias": Split("tp", 0, (c.d_inner, bc, bc), names=CONV),
         "mixer.A_log": Split("tp", 0, (c.mamba_num_heads,)),
         "mixer.D": Split("tp", 0, (c.mamba_num_heads,)),
         "mixer.dt_bias": Split("tp", 0, (c.mamba_num_heads,)),
@@ -54,3 +61,37 @@ def whole_shapes(c: ModelConfig) -> dict[str, torch.Size]:
     with torch.device("meta"):
         model = Nano3(c)
     return {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
+
+
+class Piece(NamedTuple):
+    """Part of a tensor on this rank, as a box of the whole.  A tensor of several components has one per component."""
+
+    key: str  # the tensor's name, and the component's if there are several
+    shape: torch.Size  # of the whole component
+    offsets: tuple[int, ...]
+    tensor: Tensor  # a view
+
+
+def pieces(name: str, held: Tensor, first: int, local: torch.Size, model: Nano3) -> Iterator[Piece]:
+    """What `held` is of the whole: rows first, first + 1, ... of this rank's part of a tensor, of shape `local`."""
+    split = split_of(name, model.config, model.mesh.tp.size)
+    last, zeros = first + held.shape[0], [0] * (len(local) - 1)
+    if split is None:
+        yield Piece(name, local, (first, *zeros), held)
+        return
+    axis = axis_of(split, model.mesh)
+    parts, index = axis.size // split.copies, axis.rank // split.copies
+    if split.dim > 0:
+        offsets = [first, *zeros]
+        offsets[split.dim] = index * local[split.dim]
+        yield Piece(name, split.whole_shape(local), tuple(offsets), held)
+        return
+    start = 0  # of the component's cut in the local tensor
+    for component, size in zip(split.names, split.pieces, strict=True):
+        width = size // parts
+        low, high = max(first, start), min(last, start + width)
+        if low < high:
+            key = f"{name}.{component}" if component else name
+            offsets = (index * width + low - start, *zeros)
+            yield Piece(key, torch.Size((size, *local[1:])), offsets, held[low - first : high - first])
+        start += width

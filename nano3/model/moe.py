@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from kernels.grouped_gemm import experts
 from kernels.routing import Routes, expert_counts, route
 from nano3.config import ModelConfig
-from nano3.parallel.collectives import all_sum
+from nano3.parallel.collectives import all_sum, arrive
 from nano3.parallel.expert import Trip
 from nano3.parallel.mesh import ALONE, Axis, Mesh
-from nano3.parallel.tensor import enter, leave
+from nano3.parallel.tensor import depart_enter, depart_leave, enter, leave
 
 
 class Balance(NamedTuple):
@@ -76,8 +76,8 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routing looks at the tokens that a rank holds; they travel to their experts' ranks while the shared expert, split
-    over tp like any MLP, computes its first product, and back during its second."""
+    """Routing looks at the tokens that a rank holds, while those of the other tp ranks come in for the shared expert.
+    Its first product is computed while tokens travel to their experts' ranks, its second while they travel back."""
 
     def __init__(self, c: ModelConfig, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -91,6 +91,7 @@ class MoE(nn.Module):
     def forward(
         self, u: Tensor, seq_idx: Tensor | None, cache: None, whole: bool
     ) -> tuple[Tensor, Balance | None]:  # (B, S / tp, D) -> (B, S / tp, D)
+        gathering = depart_enter(u, self.tp, whole)
         x = u.flatten(0, -2)
         mine = (
             slice(self.tp.rank, None, self.tp.size) if whole else slice(None)
@@ -98,14 +99,16 @@ class MoE(nn.Module):
         routes = self.gate(x[mine])
         counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
         trip = Trip(x[mine], routes.weights_TK, routes.experts_TK, counts, self.ep)
-        hidden = self.shared_experts.hidden(enter(u, self.tp, whole))
+        hidden = self.shared_experts.hidden(arrive(gathering))
         trip.depart_home(self.experts(*trip.arrive()))
         y = self.shared_experts.down_proj(hidden)
-        routed = trip.arrive_home()
         if whole and self.tp.size > 1:
-            routed = torch.zeros_like(x).index_copy(0, torch.arange(len(x), device=x.device)[mine], routed)
+            place = torch.arange(len(x), device=x.device)[mine]
+            routed = torch.zeros_like(x).index_copy(0, place, trip.arrive_home())
             return leave(y + routed.view_as(u), self.tp, whole), None
-        y = leave(y, self.tp, whole) + routed.view_as(u)
+        scattering = depart_leave(y, self.tp, whole)
+        routed = trip.arrive_home()
+        y = arrive(scattering) + routed.view_as(u)
         if not self.training:
             return y, None
         scores = routes.scores_TE.view(*u.shape[:-1], self.E)

@@ -39,6 +39,7 @@ class Mesh:
     block: Axis = Axis()
     kv: Axis = Axis()
     all: Axis = Axis()
+    host: dist.ProcessGroup | None = None  # all ranks, on the CPU: for checkpoints written in the background
     channels: dict[tuple[int, int, str], dist.ProcessGroup] = field(default_factory=dict)
     # (from, to, "F" or "B"): two ranks, one direction, one kind of message
 
@@ -52,6 +53,15 @@ class Mesh:
 
 
 ALONE = Mesh()
+
+
+class LostContact(RuntimeError):
+    """Another rank is gone; this one is not at fault."""
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that a message to or from another rank failed.  gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def pick_device(asked: str, local_rank: int) -> torch.device:
@@ -105,4 +115,5 @@ def lay_out(config: Config, layout: Layout, rank: int, device: torch.device) -> 
                     group = dist.new_group([a, b])
                     if rank in (a, b):
                         channels[key] = group
-    return Mesh(rank, layout.world, device, layout, **axes, channels=channels)
+    host = dist.new_group(list(range(layout.world)), backend="gloo") if layout.world > 1 else None
+    return Mesh(rank, layout.world, device, layout, **axes, host=host, channels=channels)

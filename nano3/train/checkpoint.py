@@ -1,121 +1,214 @@
-"""Checkpoints: complete or absent, verified on load, nothing ever unpickled.
+"""Training checkpoints: any layout writes them, any other reads them; complete or absent, verified on load.
 
-    DIR/iter_0000200/   config.yaml  model.safetensors  optimizer.safetensors  manifest.json
-    DIR/latest_checkpointed_iteration.txt
+The engine is torch.distributed.checkpoint: it plans who writes and who reads which box of which tensor.  Its plans and
+its files are ours (`storage.py`): a rank contributes the rows of each tensor that it owns, weights as well as
+optimizer state, so nothing is written twice and nothing is gathered.
 
-A checkpoint is written under a temporary name, every file flushed to disk, and renamed when it is whole; only then is
-the pointer replaced.  The manifest lists size and SHA-256 of each file.  Tensors carry the names of the model's
-attributes.
+What is not stored needs no storing: the learning rate and the batches are functions of the samples seen, and training
+draws no random numbers after initialisation.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from nano3.cli import to_yaml
 from nano3.config import Config, ModelConfig, UserError, merge
 from nano3.model.init import allocate, named_tensors
-from nano3.model.layout import whole_shapes
+from nano3.model.layout import Piece, pieces, split_of, whole_shapes
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import ALONE, Mesh
-from nano3.train.collect import STATE, take_share, whole_model, whole_state
+from nano3.train import storage
+from nano3.train.engine import read, write
 from nano3.train.optim import AdamW
-
-FORMAT = 1
-POINTER = "latest_checkpointed_iteration.txt"
+from nano3.train.storage import MANIFEST, POINTER, Container, Manifest, Progress, read_manifest
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands."""
+class Saver:
+    """Writes checkpoints into one folder, in the background if asked to; every rank of a run has one."""
 
-    iteration: int = 0  # optimizer steps done
-    samples: int = 0
-    tokens: int = 0  # tokens that carried a loss
+    def __init__(self, folder: Path, config: Config, mesh: Mesh) -> None:
+        self.folder, self.config, self.mesh = folder, config, mesh
+        self.thread = ThreadPoolExecutor(1)
+        self.pending: Future[Path] | None = None
+        self.last: Path | None = None  # the newest that is complete
 
+    def save(self, model: Nano3, optimizer: AdamW, progress: Progress) -> None:
+        """Copy this rank's share to the CPU and start to write it; `wait`, or the next save, ends that."""
+        self.wait()
+        optimizer.finish_gather()
+        shares: dict[str, list[Piece]] = {}
+        for p in owned(model, optimizer):
+            shares.setdefault(p.key, []).append(p._replace(tensor=p.tensor.to("cpu", copy=True)))
+        self.pending = self.thread.submit(self._write, shares, progress)
+        if not self.config.checkpoint.async_save:
+            self.wait()
 
-def save(folder: Path, config: Config, model: Nano3, optimizer: AdamW, progress: Progress) -> Path:
-    """Write DIR/iter_NNNNNNN and point to it.  Every rank calls; the first one writes the whole, whatever the layout.
+    def wait(self) -> None:
+        """Until what was started is written.  Raises UserError if the disk refused; earlier checkpoints are whole."""
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        try:
+            self.last = pending.result()
+        except CheckpointException as error:
+            cause = next((e for e, _ in error.failures.values()), error)
+            raise UserError(
+                f"checkpoint.save={self.folder}: could not write: {cause}; earlier checkpoints are untouched"
+            ) from None
 
-    Raises UserError if the disk refuses.
-    """
-    final = folder / f"iter_{progress.iteration:07d}"
-    optimizer.finish_gather()
-    tensors, state = whole_model(model), whole_state(model, optimizer)
-    if not model.mesh.is_main:
+    def _write(self, shares: dict[str, list[Piece]], progress: Progress) -> Path:
+        final = self.folder / f"iter_{progress.iteration:07d}"
+        extra = {"config.yaml": to_yaml(self.config)}
+        write(final, shares, progress, extra, self.mesh)
+        if self.mesh.is_main:
+            self._retire(final)
         return final
-    temporary = folder / f".incomplete_{final.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        (temporary / "config.yaml").write_text(to_yaml(config))
-        save_file(tensors, temporary / "model.safetensors")
-        save_file(state, temporary / "optimizer.safetensors")
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(temporary.iterdir())}
-        manifest = {"format": FORMAT, "progress": vars(progress), "files": files}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        if final.exists():  # a run that went back and came here again
-            shutil.rmtree(final)
-        temporary.rename(final)
-        pointer = folder / f".{POINTER}"
-        pointer.write_text(str(progress.iteration))
-        _flush(pointer)
-        pointer.replace(folder / POINTER)
-        _flush(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"checkpoint.save={folder}: could not write iteration {progress.iteration}: {error}; "
-            "earlier checkpoints are untouched"
-        ) from None
-    return final
+
+    def _retire(self, newest: Path) -> None:
+        """Delete what checkpoint.most_recent_k and save_retain_interval do not keep."""
+        c = self.config.checkpoint
+        if c.most_recent_k < 0:
+            return
+        done = sorted(p for p in self.folder.glob("iter_*") if p.name <= newest.name)
+        for old in done[: max(0, len(done) - c.most_recent_k)]:
+            if not (c.save_retain_interval and int(old.name[5:]) % c.save_retain_interval == 0):
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def owned(model: Nano3, optimizer: AdamW) -> Iterator[Piece]:
+    """This rank's share of a checkpoint: its rows of every tensor, and of its masters and moments."""
+    mesh, state = model.mesh, optimizer.state()
+    for name, tensor in named_tensors(model).items():
+        local = tensor.shape
+        if name not in optimizer.members:  # a buffer, the same on all ranks of a stage
+            if mesh.block.rank == 0:
+                yield from _named("model", name, tensor.detach(), 0, local, model)
+            continue
+        split = split_of(name, model.config, mesh.tp.size)
+        if (split is None and mesh.tp.rank > 0) or (split is not None and split.copies > 1 and mesh.kv.rank > 0):
+            continue  # the same as another rank's
+        first = optimizer.first_row(name)
+        yield from _named("model", name, optimizer.shard(name, tensor.detach()), first, local, model)
+        for kind, share in state[name].items():
+            yield from _named(kind, name, share, first, local, model)
+
+
+def _named(kind: str, name: str, held: Tensor, first: int, local: torch.Size, model: Nano3) -> Iterator[Piece]:
+    for piece in pieces(name, held, first, local, model):
+        if piece.tensor.numel():
+            yield piece._replace(key=f"{kind}.{piece.key}")
+
+
+def wanted(model: Nano3, optimizer: AdamW | None, keys: Collection[str], steps: int = 0) -> dict[str, list[Piece]]:
+    """What this rank reads, as views to be filled: all of its model, and its rows of the optimizer's state.
+
+    keys: what the checkpoint holds.  A weight that is kept in full precision here comes from the master if there is
+    one, a master that was never apart from its weight from the weight: precision is not lost by a change of dtype.
+    """
+    found: list[Piece] = []
+    for name, tensor in named_tensors(model).items():
+        for piece in _named("model", name, tensor.detach(), 0, tensor.shape, model):
+            master = piece.key.replace("model.", "master.", 1)
+            full = optimizer is not None and tensor.dtype.itemsize >= 4 and master in keys
+            found.append(piece._replace(key=master) if full else piece)
+    if optimizer is not None:
+        for name, kept in optimizer.resume_state(steps).items():
+            local, first = optimizer.parameters[name].shape, optimizer.first_row(name)
+            for kind, share in kept.items():
+                for piece in _named(kind, name, share, first, local, model):
+                    weight = piece.key.replace("master.", "model.", 1)
+                    found.append(piece if piece.key in keys else piece._replace(key=weight))
+    out: dict[str, list[Piece]] = {}
+    for piece in found:
+        out.setdefault(piece.key, []).append(piece)
+    return out
 
 
 def find(path: str | Path, setting: str) -> Path:
-    """The iteration folder meant by `path`: itself, or the newest one in it.  `setting` is named in errors."""
+    """The iteration folder meant by `path`: itself, or the newest complete one in it.  `setting` is named in errors.
+
+    A folder with that name is complete; the pointer may be one behind if the run was killed between the two.
+    """
     folder = Path(path)
     for candidate in (folder, folder / "checkpoints"):  # a run folder will do as well
-        if (candidate / "manifest.json").is_file():
+        if (candidate / MANIFEST).is_file():
             return candidate
-        if (candidate / POINTER).is_file():
-            text = (candidate / POINTER).read_text().strip()
+        pointer = candidate / POINTER
+        done = [p for p in candidate.glob("iter_*") if (p / MANIFEST).is_file()]
+        if pointer.is_file():
+            stamp = pointer.stat().st_mtime_ns
+            later = [p for p in done if (p / MANIFEST).stat().st_mtime_ns > stamp]
+            if later:
+                return max(later, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
+            text = pointer.read_text().strip()
             chosen = candidate / f"iter_{int(text):07d}" if text.isdecimal() else candidate
-            if (chosen / "manifest.json").is_file():
+            if chosen in done:
                 return chosen
-            raise UserError(f"{setting}={path}: {POINTER} says {text!r}, but {chosen} is not a checkpoint")
+            problem = f"{setting}={path}: {POINTER} says {text!r}, but {chosen} is not a checkpoint"
+            raise UserError(problem + remedy(candidate, chosen))
+        if done:
+            return max(done)
     raise UserError(f"{setting}={path}: no checkpoint there (expected iter_NNNNNNN folders or one of them)")
 
 
-def read_manifest(folder: Path, setting: str) -> Progress:
-    """Check format, sizes and checksums of every file.  Raises UserError naming the first that is wrong."""
+def last_good(folder: Path, but: Path | None = None) -> Path | None:
+    """The checkpoint with the highest iteration whose files are all as they were written; None if there is none."""
+    for candidate in sorted(folder.glob("iter_*"), reverse=True):
+        if candidate == but:
+            continue
+        try:
+            storage.verify(candidate, read_manifest(candidate, ""), "")
+        except UserError:
+            continue
+        return candidate
+    return None
+
+
+def remedy(folder: Path, bad: Path) -> str:
+    """The end of a message about a bad checkpoint."""
+    good = last_good(folder, bad)
+    if good is None:
+        return "; there is no good one beside it"
+    return f"; the last good one is iteration {int(good.name[5:])}: load {good}, or add --resume-from-last-good"
+
+
+def open_verified(
+    path: str | Path, setting: str, mesh: Mesh = ALONE, or_last_good: bool = False
+) -> tuple[Path, Manifest]:
+    """The checkpoint meant by `path`, every file's checksum compared, the ranks sharing the work."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        version, files, progress = manifest["format"], manifest["files"], Progress(**manifest["progress"])
-        expected = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{setting}: {folder / 'manifest.json'} is damaged; use an earlier iteration") from None
-    if version != FORMAT:
-        raise UserError(f"{setting}: {folder} has format {version}, this version of nano3 reads {FORMAT}; update nano3")
-    for name, (size, digest) in expected.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file() or path.stat().st_size != size or _digest(path) != digest:
-            raise UserError(
-                f"{setting}: {path} is missing, cut short or altered; use an earlier iteration of the same run"
-            )
-    return progress
+        folder = find(path, setting)
+    except UserError:
+        good = last_good(Path(path)) if or_last_good else None
+        if good is None:
+            raise
+        folder = good
+    problem = ""
+    try:
+        manifest = read_manifest(folder, setting)
+        storage.verify(folder, manifest, setting, mesh.rank, mesh.world)
+    except UserError as error:
+        problem = str(error)
+    problems = [problem]
+    if mesh.host is not None:
+        problems = [""] * mesh.world
+        dist.all_gather_object(problems, problem, group=mesh.host)
+    if problem := next(filter(None, problems), ""):
+        good = last_good(folder.parent, folder) if or_last_good else None
+        if good is None:
+            raise UserError(problem + remedy(folder.parent, folder))
+        return good, read_manifest(good, setting)
+    return folder, manifest
 
 
 def read_config(folder: Path) -> Config:
@@ -125,34 +218,57 @@ def read_config(folder: Path) -> Config:
     )
 
 
-def load(path: str, setting: str, model: Nano3, optimizer: AdamW) -> Progress:
+@torch.no_grad()
+def load(path: str, setting: str, model: Nano3, optimizer: AdamW | None, or_last_good: bool = False) -> Progress:
     """Restore this rank's share of model and optimizer in place from a checkpoint of the same geometry, any layout."""
-    folder = find(path, setting)
-    progress = read_manifest(folder, setting)
-    _copy_into(model, folder / "model.safetensors", setting)
-    state: dict[str, dict[str, Tensor]] = {}
-    with safe_open(folder / "optimizer.safetensors", "pt") as f:
-        stored = set(f.keys())
-        for name in optimizer.parameters:
-            state[name] = {
-                kind: optimizer.shard(name, take_share(model, name, f.get_tensor(f"{name}.{kind}")))
-                for kind in STATE
-                if f"{name}.{kind}" in stored
-            }
-    optimizer.load_state(state, progress.iteration)
-    return progress
+    folder, manifest = open_verified(path, setting, model.mesh, or_last_good)
+    check_geometry(manifest, model, folder, setting)
+    steps = manifest.progress.iteration
+    shares = wanted(model, optimizer, manifest.tensors, steps)
+    if absent := sorted(k for k in shares if k not in manifest.tensors):
+        raise UserError(
+            f"{setting}: {folder} has weights only ({absent[0]} is missing); start a new run from it with "
+            "checkpoint.pretrained_checkpoint"
+        )
+    read(Container(folder, manifest), shares, model.mesh)
+    return manifest.progress
+
+
+@torch.no_grad()
+def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW) -> None:
+    """Start from the weights of a checkpoint: a new run, with masters in the precision that it has."""
+    folder, manifest = open_verified(path, setting, model.mesh)
+    check_geometry(manifest, model, folder, setting)
+    read(Container(folder, manifest), wanted(model, optimizer, manifest.tensors), model.mesh)
+
+
+def check_geometry(manifest: Manifest, model: Nano3, folder: Path, setting: str) -> None:
+    """Raise UserError if the checkpoint's weights are not those of this model."""
+    here: dict[str, tuple[int, ...]] = {}
+    for name, shape in whole_shapes(model.config).items():
+        split = split_of(name, model.config, 1)
+        for component, size in zip(split.names, split.pieces, strict=True) if split else [("", shape[0])]:
+            key = f"model.{name}.{component}" if component else f"model.{name}"
+            here[key] = (size, *shape[1:]) if split is not None and split.dim == 0 else tuple(shape)
+    there = {k: e.shape for k, e in manifest.tensors.items() if k.startswith("model.")}
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            raise UserError(
+                f"{setting}: {folder} does not fit the model: {key.removeprefix('model.')} is "
+                f"{there.get(key, 'absent')} there and {here.get(key, 'absent')} here; use the model settings it was "
+                "trained with (config.yaml beside it)"
+            )
 
 
 def load_model(path: str, setting: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Nano3, Config]:
     """A model in eval mode, built from nothing but a checkpoint; `dtype` None keeps the one it was trained in."""
-    folder = find(path, setting)
-    read_manifest(folder, setting)
+    folder, manifest = open_verified(path, setting)
     config = read_config(folder)
     model = build(config.model, mesh=Mesh(device=device))
-    with safe_open(folder / "model.safetensors", "pt") as f:
-        stored = f.get_tensor("embeddings.weight").dtype
-    allocate(model, device, dtype or stored)
-    _copy_into(model, folder / "model.safetensors", setting)
+    allocate(model, device, dtype or manifest.tensors["model.embeddings.weight"].dtype)
+    check_geometry(manifest, model, folder, setting)
+    with torch.no_grad():
+        read(Container(folder, manifest), wanted(model, None, manifest.tensors), model.mesh)
     return model.eval(), config
 
 
@@ -165,32 +281,3 @@ def build(
     """The model without memory, on the meta device."""
     with torch.device("meta"):
         return Nano3(c, recompute, mesh, parts)
-
-
-@torch.no_grad()
-def _copy_into(model: Nano3, file: Path, setting: str) -> None:
-    shapes = {name: tuple(shape) for name, shape in whole_shapes(model.config).items()}
-    with safe_open(file, "pt") as f:
-        stored = {k: tuple(f.get_slice(k).get_shape()) for k in list(f.keys())}
-        for name in shapes.keys() | stored.keys():
-            if shapes.get(name) != stored.get(name):
-                raise UserError(
-                    f"{setting}: {file} does not fit the model: {name} is {stored.get(name, 'absent')} there and "
-                    f"{shapes.get(name, 'absent')} here; use the model settings it was trained with "
-                    "(config.yaml beside it)"
-                )
-        for name, tensor in named_tensors(model).items():
-            tensor.copy_(take_share(model, name, f.get_tensor(name)))
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -18,14 +18,15 @@ from nano3.data.loader import micro_batches
 from nano3.data.tokenizer import load_tokenizer
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
-from nano3.parallel.mesh import Mesh
+from nano3.parallel.mesh import LostContact, Mesh, lost_contact
 from nano3.train import checkpoint
-from nano3.train.checkpoint import Progress
+from nano3.train.checkpoint import Saver
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
 from nano3.train.plan import parameters, rank_parts, training_flops, uses_bf16
 from nano3.train.schedule import learning_rate
 from nano3.train.step import StepReport, TrainingError, evaluate, training_step
+from nano3.train.storage import Progress
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}  # dense bf16, from the data sheets
 
@@ -45,11 +46,14 @@ class Trainer:
         self.model = allocate(checkpoint.build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
         self.progress = Progress()
         self.loaded = self._resumable()
-        if self.loaded is None:
+        if self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
             initialise(self.model, config.model, config.rng.seed)
         self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32)
         if self.loaded is not None:
-            self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer)
+            good = config.checkpoint.resume_from_last_good
+            self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer, good)
+        elif (weights := config.checkpoint.pretrained_checkpoint) is not None:
+            checkpoint.load_weights(weights, "checkpoint.pretrained_checkpoint", self.model, self.optimizer)
         self.asked_to_stop = False  # this rank; all stop together at the end of a step that has heard of it
 
     def _resumable(self) -> str | None:
@@ -72,7 +76,7 @@ class Trainer:
         log = Log(config, folder, total, self.mesh.is_main)
         if self.mesh.is_main:
             (folder / "config.yaml").write_text(to_yaml(config))
-        self.saved: Path | None = None
+        self.saver = Saver(self.save_to, config, self.mesh)
         self._introduce(log, folder)
         started, spent, trained, last_eval = time.monotonic(), 0.0, 0, None
         if config.validation.eval_iters:
@@ -88,12 +92,16 @@ class Trainer:
                 left = spent / (iteration - self.first) * (total - iteration)
                 log.step(iteration, self._row(report, lr, time.monotonic() - begin), left)
                 stop = report.stop
+                minutes = config.train.exit_duration_in_mins
+                if minutes is not None and time.monotonic() - started >= 60 * minutes:
+                    self.asked_to_stop = True  # all ranks hear of it in the next step
                 v, every = config.validation, config.checkpoint.save_interval
                 ended = iteration == total or stop
                 if v.eval_iters and (iteration == total or (v.eval_interval and iteration % v.eval_interval == 0)):
                     last_eval = self._evaluate(log)
                 if ended or (every and iteration % every == 0):
                     self._save()
+            self.saver.wait()
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
@@ -112,11 +120,16 @@ class Trainer:
             report = training_step(self.model, self.optimizer, rows, self.config, mesh, lr, self.asked_to_stop)
         except TrainingError as error:
             raise self._diagnosis(str(error)) from None
+        except RuntimeError as error:
+            if not lost_contact(error):
+                raise
+            raise self._lost(error) from None
         self.progress = Progress(p.iteration + 1, p.samples + t.global_batch_size, p.tokens + report.tokens)
         return report, lr
 
     def _diagnosis(self, what: str) -> Exception:
         """The error for a step that was not finite: which tensors were broken before it, and where to go on from."""
+        self.saver.wait()
         bad = [n for n, t in named_tensors(self.model).items() if not torch.isfinite(t).all()]
         at = self.progress.iteration
         cause = f"; {len(bad)} tensors hold values that are not finite, the first is {bad[0]}" if bad else ""
@@ -125,9 +138,16 @@ class Trainer:
             return UserError(
                 f"{what} before the first step, starting from {where}{cause}; start from another checkpoint"
             )
-        resume = f"resume from {self.saved} with " if self.saved else ""
+        resume = f"resume from {self.saver.last} with " if self.saver.last else ""
         return TrainingError(
             f"{what} at step {at + 1}{cause}; {resume}a lower optimizer.lr than {self.config.optimizer.lr:g}"
+        )
+
+    def _lost(self, error: RuntimeError) -> Exception:
+        saved = f"; go on with checkpoint.load={self.save_to}" if self.saver.last else ""
+        return LostContact(
+            f"lost contact with another rank in step {self.progress.iteration + 1} "
+            f"({str(error).splitlines()[0][:200]}); the rank that failed first is named below{saved}"
         )
 
     def evaluate(self) -> float:
@@ -166,7 +186,7 @@ class Trainer:
         return tokenizer.decode([*prompt, *generate(self.model, prompt, v.sample_tokens, **options)])
 
     def _save(self) -> None:
-        self.saved = checkpoint.save(self.save_to, self.config, self.model, self.optimizer, self.progress)
+        self.saver.save(self.model, self.optimizer, self.progress)
 
     def _asked_to_stop(self, signum: int, _: object) -> None:
         if self.asked_to_stop and signum == signal.SIGINT:  # Ctrl-C twice: at once, then
@@ -183,9 +203,7 @@ class Trainer:
             flops = sum(training_flops(self.config.model, self.config.dataset.seq_length).values())
             row["tflops"] = flops * speed / self.mesh.world / 1e12
             gpu = torch.cuda.get_device_name()
-            if (
-                peak := next((v for k, v in PEAK_TFLOPS.items() if k in gpu), None)
-            ) and self.model.lm_head.weight.itemsize == 2:
+            if (peak := next((v for k, v in PEAK_TFLOPS.items() if k in gpu), None)) and self.model.dtype.itemsize == 2:
                 row["mfu"] = row["tflops"] / peak
             row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return row
@@ -193,7 +211,7 @@ class Trainer:
     def _introduce(self, log: Log, folder: Path) -> None:
         self.first = self.progress.iteration
         config, n = self.config, parameters(self.config.model)
-        precision = str(self.model.lm_head.weight.dtype).removeprefix("torch.")
+        precision = str(self.model.dtype).removeprefix("torch.")
         log.say(
             f"nano3 {self.name}: {n.total:,} parameters, {n.active:,} active per token, {precision} on "
             f"{self.mesh.world} x {self.mesh.device.type}"
@@ -221,7 +239,7 @@ class Trainer:
             log.say(
                 f"final validation loss {last_eval:.6f} nats per token, perplexity {math.exp(min(last_eval, 80)):.3f}"
             )
-        log.say(f"  checkpoint  {self.saved}")
+        log.say(f"  checkpoint  {self.saver.last}")
         log.say(f"  log         {folder / 'metrics.jsonl'}")
         log.say(f"  settings    {folder / 'config.yaml'}")
         log.say("next:")

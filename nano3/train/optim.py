@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nano3.config import OptimizerConfig
 from nano3.model.layout import split_of
-from nano3.parallel.collectives import all_stack, all_sum
+from nano3.parallel.collectives import all_sum
 from nano3.parallel.data import Bucket, Member, make_buckets
 from nano3.parallel.mesh import Axis
 
@@ -153,43 +153,33 @@ class AdamW:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """What a resumed run needs besides the model: this rank's rows of moments and masters, by tensor and kind."""
         out: dict[str, dict[str, Tensor]] = {}
-        stepped = self.steps > 0
         for name, master in self.masters.items():
-            kept = {}
-            if stepped:
-                moments = self.inner.state.get(master, {})
-                kept = {k: moments.get(k, torch.empty_like(master)) for k in ("exp_avg", "exp_avg_sq")}
+            moments = self.inner.state.get(master, {})
+            out[name] = {k: moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
             if master.dtype != self.parameters[name].dtype:
-                kept["master"] = master
-            out[name] = kept
+                out[name]["master"] = master
         return out
 
-    @torch.no_grad()
-    def load_state(self, state: dict[str, dict[str, Tensor]], steps: int) -> None:
-        """The inverse of `state`; the model's own tensors have been loaded before."""
-        for name, master in self.masters.items():
-            kept = state.get(name, {})
-            if "master" in kept:
-                master.copy_(kept["master"])
-            elif master.dtype != self.parameters[name].dtype:
-                master.copy_(self.shard(name, self.parameters[name]))
-            if "exp_avg" in kept and master.numel():
+    def resume_state(self, steps: int) -> dict[str, dict[str, Tensor]]:
+        """The tensors of `state` of an optimizer that has made `steps` updates, to be filled in place."""
+        for master in self.masters.values():
+            if steps and master.numel():
                 self.inner.state[master] = {
                     "step": torch.tensor(float(steps), device=master.device),
-                    **{k: kept[k].to(master.device, copy=True) for k in ("exp_avg", "exp_avg_sq")},
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
                 }
+        return self.state()
+
+    def first_row(self, name: str) -> int:
+        """Where this rank's rows of a tensor begin."""
+        bucket, member = self.members[name]
+        return member.owned(bucket.axis.rank).start
 
     def shard(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's rows of a tensor like the parameter of that name."""
         bucket, member = self.members[name]
         return tensor[member.owned(bucket.axis.rank)]
-
-    def unshard(self, name: str, rows: Tensor) -> Tensor:
-        """All ranks' rows of what is sharded like the parameter of that name, put together."""
-        bucket, member = self.members[name]
-        whole = rows.new_zeros(member.rows, *rows.shape[1:])
-        whole[: rows.shape[0]] = rows
-        return all_stack(whole, bucket.axis.group).flatten(0, 1)[: member.parameter.shape[0]]
 
 
 def _sum_together(tensors: list[Tensor], axis: Axis) -> None:

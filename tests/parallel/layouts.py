@@ -27,10 +27,11 @@ from nano3.model.layout import axis_of, split_of
 from nano3.parallel.layout import check_layout
 from nano3.parallel.mesh import ALONE, Mesh, lay_out
 from nano3.train import checkpoint
-from nano3.train.checkpoint import Progress, build
+from nano3.train.checkpoint import build
 from nano3.train.optim import AdamW
 from nano3.train.plan import rank_parts
 from nano3.train.step import evaluate, training_step
+from nano3.train.storage import Progress
 from tests.train.small import small
 
 CPU = torch.device("cpu")
@@ -133,7 +134,9 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
         out.balance.append(report.aux)
         out.norms.append(report.grad_norm)
         if case.save and step + 1 == 2:
-            checkpoint.save(Path(case.save), config, model, optimizer, Progress(2, 0, 0))
+            saver = checkpoint.Saver(Path(case.save), config, mesh)
+            saver.save(model, optimizer, Progress(2, 0, 0))
+            saver.wait()
     held_out = batches_of(config, 100, case.packed, mesh.dp.rank, mesh.dp.size)
     out.evaluation = evaluate(model, [held_out], config)
     optimizer.finish_gather()

@@ -73,7 +73,7 @@ def test_layout_equals_one_process(pool: Pool, ranks: int, layout: str) -> None:
     check(pool, case(ranks, layout))
 
 
-@pytest.mark.parametrize("layout", ["tp=4 ep=2 pp=2", "tp=2 ep=8", "pp=4 virtual_pp=2 ep=2"])
+@pytest.mark.parametrize("layout", ["tp=4 ep=2 pp=2", "tp=2 ep=8", "pp=4 virtual_pp=2 ep=2 micro=1"])
 def test_packed_rows_keep_their_boundaries(pool: Pool, layout: str) -> None:
     check(pool, case(8, layout, packed=True))
 
@@ -90,7 +90,14 @@ def test_recompute_repeats_the_collectives(pool: Pool, kinds: str) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "layout", "then", "other"),
-    [(8, "tp=2 ep=4 pp=2", 4, "tp=4"), (1, "", 8, "ep=8"), (8, "pp=4 virtual_pp=2 ep=2", 1, ""), (4, "ep=2", 8, "")],
+    [
+        (8, "tp=2 ep=4 pp=2", 2, "ep=2"),
+        (8, "tp=4 ep=8", 4, "tp=2 pp=2"),
+        (1, "", 8, "ep=8"),
+        (8, "pp=4 virtual_pp=2 ep=2 micro=1", 1, ""),
+        (4, "ep=2", 8, ""),
+        (2, "tp=2", 4, "tp=4 ep=4"),
+    ],
 )
 def test_a_checkpoint_of_one_layout_goes_on_in_another(
     pool: Pool, tmp_path: Path, ranks: int, layout: str, then: int, other: str

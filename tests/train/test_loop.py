@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from nano3.config import KINDS, UserError
 from nano3.data.loader import Batch, micro_batches
 from nano3.model.moe import sequence_balance_loss
 from nano3.train import checkpoint
 from nano3.train.step import TrainingError, training_step
+from nano3.train.storage import FileRecord, digest, read_manifest
 from tests.conftest import ROOT
 from tests.train.small import ALONE, SHRINK, trainer
 
@@ -156,7 +158,7 @@ def test_a_job_that_saves_where_it_loads_can_start_and_restart(tmp_path: Path) -
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     trainer(f"logger.run_dir={tmp_path}", "train.train_iters=3").run()
     folder = tmp_path / "checkpoints" / "iter_0000003"
-    file = folder / "model.safetensors"
+    file = folder / "rank-00000.safetensors"
     data = file.read_bytes()
     if damage == "truncate":
         file.write_bytes(data[:-1])
@@ -181,13 +183,16 @@ def test_a_checkpoint_of_another_geometry_is_refused(tmp_path: Path) -> None:
 def corrupted(tmp_path: Path) -> Path:
     trainer(f"logger.run_dir={tmp_path}", "train.train_iters=3").run()
     folder = tmp_path / "checkpoints" / "iter_0000003"
-    tensors = load_file(folder / "model.safetensors")
-    tensors["layers.1.mixer.experts.up_proj"][2, 1, 3] = math.nan
-    save_file(tensors, folder / "model.safetensors")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = manifest["files"]["model.safetensors"]
-    entry["sha256"] = checkpoint._digest(folder / "model.safetensors")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = read_manifest(folder, "test")
+    entry = manifest.tensors["model.layers.1.mixer.experts.up_proj"]
+    (chunk,) = entry.chunks
+    file = folder / chunk.file
+    with safe_open(file, "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in list(f.keys())}
+    tensors[chunk.name][2, 1, 3] = math.nan
+    save_file(tensors, file)
+    manifest.files[chunk.file] = FileRecord(file.stat().st_size, digest(file))
+    (folder / "manifest.json").write_text(manifest.to_json())
     return folder
 
 

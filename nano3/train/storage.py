@@ -1,0 +1,305 @@
+"""What a checkpoint is on disk: safetensors files and a manifest that says which part of which tensor each one holds.
+
+    DIR/iter_0000200/   config.yaml   *.safetensors   manifest.json
+    DIR/latest_checkpointed_iteration.txt
+
+It is written under a temporary name, every file flushed to disk, and renamed when it is whole; only then is the pointer
+replaced.  The manifest lists size and SHA-256 of each file, and for each tensor its dtype, its shape and its chunks, so
+any part of any tensor can be read whatever wrote it.  Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nano3.config import UserError
+
+FORMAT = 2
+POINTER = "latest_checkpointed_iteration.txt"
+MANIFEST = "manifest.json"
+DTYPES = {  # safetensors' names
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK = 16 << 20  # bytes hashed and written at a time
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands."""
+
+    iteration: int = 0  # optimizer steps done
+    samples: int = 0
+    tokens: int = 0  # tokens that carried a loss
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor, in one file."""
+
+    file: str
+    name: str  # in the file
+    offsets: tuple[int, ...]  # of its first element in the tensor
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Entry:
+    """One tensor: its chunks tile it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: list[Chunk] = field(default_factory=list)
+
+
+class FileRecord(NamedTuple):
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    progress: Progress
+    files: dict[str, FileRecord]
+    tensors: dict[str, Entry]
+
+    def to_json(self) -> str:
+        tensors = {
+            key: {"dtype": NAMES[e.dtype], "shape": e.shape, "chunks": [c._asdict() for c in e.chunks]}
+            for key, e in self.tensors.items()
+        }
+        files = {name: record._asdict() for name, record in self.files.items()}
+        return json.dumps(
+            {"format": FORMAT, "progress": asdict(self.progress), "files": files, "tensors": tensors}, indent=1
+        )
+
+
+@dataclass(frozen=True)
+class Item:
+    """A chunk to be written.  data: its elements in order, as CPU tensors or buffers of bytes."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]  # of the whole tensor
+    offsets: tuple[int, ...]
+    chunk: tuple[int, ...]
+    data: Callable[[], Iterable[Tensor | memoryview | bytes]]
+
+    @property
+    def name(self) -> str:
+        """In the file: the key, and where the chunk begins unless it is the whole."""
+        return self.key if self.chunk == self.shape else f"{self.key}@{','.join(map(str, self.offsets))}"
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.chunk) * self.dtype.itemsize
+
+
+def as_bytes(data: Tensor | memoryview | bytes) -> memoryview:
+    if isinstance(data, Tensor):
+        data = data.detach().contiguous().view(-1).view(torch.uint8).numpy() if data.numel() else b""
+    return memoryview(data).cast("B")
+
+
+def write_file(path: Path, items: Sequence[Item], progress: Callable[[int], None] | None = None) -> FileRecord:
+    """Stream a safetensors file to disk and flush it.  `progress` is told of every block of bytes written."""
+    ends = list(accumulate(item.bytes for item in items))
+    header = {
+        item.name: {"dtype": NAMES[item.dtype], "shape": item.chunk, "data_offsets": (end - item.bytes, end)}
+        for item, end in zip(items, ends, strict=True)
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as safetensors' own writer has it
+    digest, total = hashlib.sha256(), 0
+    with open(path, "wb") as f:
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            f.write(part)
+        for item in items:
+            written = 0
+            for data in item.data():
+                view = as_bytes(data)
+                for start in range(0, len(view), BLOCK):
+                    block = view[start : start + BLOCK]
+                    digest.update(block)
+                    f.write(block)
+                    if progress is not None:
+                        progress(len(block))
+                written += len(view)
+            if written != item.bytes:
+                raise ValueError(f"{path}: {item.name} has {written} bytes instead of {item.bytes}")
+            total += written
+        f.flush()
+        os.fsync(f.fileno())
+    return FileRecord(8 + len(text) + total, digest.hexdigest())
+
+
+def manifest_of(progress: Progress, written: dict[str, tuple[FileRecord, Sequence[Item]]]) -> Manifest:
+    """The manifest of these files and what was written into them."""
+    manifest = Manifest(progress, {}, {})
+    for file, (record, items) in sorted(written.items()):
+        manifest.files[file] = record
+        for item in items:
+            entry = manifest.tensors.setdefault(item.key, Entry(item.dtype, item.shape))
+            entry.chunks.append(Chunk(file, item.name, item.offsets, item.chunk))
+    return manifest
+
+
+def temporary_folder(final: Path) -> Path:
+    """Where a checkpoint is written before it has its name; nothing takes it for one."""
+    return final.with_name(f".incomplete_{final.name}")
+
+
+def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Make a checkpoint of the finished files in `temporary`, and point to it."""
+    (temporary / MANIFEST).write_text(manifest.to_json())
+    for path in [*temporary.rglob("*"), temporary]:
+        flush(path)
+    if final.exists():  # a run that went back and came here again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    pointer = final.parent / f".{POINTER}"
+    pointer.write_text(str(manifest.progress.iteration))
+    flush(pointer)
+    pointer.replace(final.parent / POINTER)
+    flush(final.parent)
+
+
+def flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def digest(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_manifest(folder: Path, setting: str) -> Manifest:
+    """The manifest of a checkpoint, well-formed, every file present and of the right size; contents are not read.
+
+    Raises UserError naming the file that is wrong.  `setting` is named in errors.
+    """
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+        version = raw["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{setting}: {path} is damaged") from None
+    if version != FORMAT:
+        remedy = "update nano3" if isinstance(version, int) and version > FORMAT else "it was written by an older nano3"
+        raise UserError(f"{setting}: {folder} has format {version}, this nano3 reads {FORMAT}; {remedy}")
+    try:
+        files = {str(n): FileRecord(int(r["bytes"]), str(r["sha256"])) for n, r in raw["files"].items()}
+        tensors = {str(k): _entry(e) for k, e in raw["tensors"].items()}
+        progress = Progress(**{k: int(v) for k, v in raw["progress"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{setting}: {path} is damaged") from None
+    for name, record in files.items():
+        file = folder / name
+        if Path(name).name != name or not file.is_file() or file.stat().st_size != record.bytes:
+            raise UserError(f"{setting}: {file} is missing or cut short")
+    for key, entry in tensors.items():
+        if any(c.file not in files for c in entry.chunks):
+            raise UserError(f"{setting}: {path} is damaged: {key} lies in a file that it does not list")
+        if sum(prod(c.shape) for c in entry.chunks) != prod(entry.shape):
+            raise UserError(f"{setting}: {path} is damaged: the chunks of {key} do not make {entry.shape}")
+    return Manifest(progress, files, tensors)
+
+
+def _entry(raw: dict) -> Entry:
+    chunks = [
+        Chunk(str(c["file"]), str(c["name"]), tuple(map(int, c["offsets"])), tuple(map(int, c["shape"])))
+        for c in raw["chunks"]
+    ]
+    entry = Entry(DTYPES[raw["dtype"]], tuple(map(int, raw["shape"])), chunks)
+    for c in chunks:
+        inside = (o >= 0 and o + s <= n for o, s, n in zip(c.offsets, c.shape, entry.shape, strict=True))
+        if not all(inside):
+            raise ValueError(c.name)
+    return entry
+
+
+def verify(folder: Path, manifest: Manifest, setting: str, part: int = 0, parts: int = 1, workers: int = 2) -> None:
+    """Compare checksums of every `parts`-th file.  Raises UserError naming the first that was altered."""
+    mine = sorted(manifest.files)[part::parts]
+    with ThreadPoolExecutor(workers) as pool:
+        for name, found in zip(mine, pool.map(lambda n: digest(folder / n), mine), strict=True):
+            if found != manifest.files[name].sha256:
+                raise UserError(f"{setting}: {folder / name} was altered: its checksum is not the manifest's")
+
+
+class Container:
+    """A checkpoint's tensors, memory-mapped: what is not asked for is not read."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.entries = folder, manifest.tensors
+        self._maps: dict[str, tuple[mmap.mmap, dict[str, tuple[int, int]]]] = {}
+
+    def _open(self, file: str) -> tuple[mmap.mmap, dict[str, tuple[int, int]]]:
+        """The file's bytes, and where each tensor in it begins and ends."""
+        if file not in self._maps:
+            with open(self.folder / file, "rb") as f:
+                view = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)  # private, so that torch may wrap it
+            base = 8 + int.from_bytes(view[:8], "little")
+            header = json.loads(view[8:base])
+            spans = {n: tuple(base + o for o in h["data_offsets"]) for n, h in header.items() if n != "__metadata__"}
+            self._maps[file] = view, spans
+        return self._maps[file]
+
+    def raw(self, chunk: Chunk) -> memoryview:
+        """The bytes of one chunk."""
+        view, spans = self._open(chunk.file)
+        start, end = spans[chunk.name]
+        return memoryview(view)[start:end]
+
+    def chunk(self, key: str, chunk: Chunk) -> Tensor:
+        """One chunk as a tensor over the map."""
+        dtype = self.entries[key].dtype
+        if prod(chunk.shape) == 0:
+            return torch.empty(chunk.shape, dtype=dtype)
+        return torch.frombuffer(self.raw(chunk), dtype=torch.uint8).view(dtype).view(chunk.shape)
+
+    def read(self, key: str, index: tuple[slice, ...] = ()) -> Tensor:
+        """A box of a tensor (a slice with a step of 1 per leading dimension), put together from the chunks."""
+        entry = self.entries[key]
+        spans = [s.indices(n)[:2] for s, n in zip(index, entry.shape, strict=False)]
+        spans += [(0, n) for n in entry.shape[len(spans) :]]
+        out = torch.empty([b - a for a, b in spans], dtype=entry.dtype)
+        for c in entry.chunks:
+            box = [
+                (max(a, o), min(b, o + n)) for (a, b), o, n in zip(spans, c.offsets, c.shape, strict=True)
+            ]  # in common
+            if any(a >= b for a, b in box):
+                continue
+            target = tuple(slice(a - s, b - s) for (a, b), (s, _) in zip(box, spans, strict=True))
+            source = tuple(slice(a - o, b - o) for (a, b), o in zip(box, c.offsets, strict=True))
+            out[target] = self.chunk(key, c)[source]
+        return out

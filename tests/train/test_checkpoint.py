@@ -1,0 +1,172 @@
+"""Checkpoints survive: kills at any moment, full disks, damage; precision, retention, weights alone."""
+
+import os
+import random
+import re
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nano3.config import UserError
+from nano3.parallel.mesh import ALONE
+from nano3.train import checkpoint
+from nano3.train.checkpoint import Saver
+from nano3.train.storage import POINTER, Progress, digest, read_manifest, verify
+from tests.train.small import small, trainer
+
+
+def in_child(work) -> int:
+    """Run `work` in a copy of this process.  Returns the child's pid; the child never comes back."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def saver_of(t, folder: Path) -> Saver:
+    return Saver(folder, t.config, ALONE)
+
+
+def test_a_kill_while_saving_leaves_only_whole_checkpoints(tmp_path: Path) -> None:
+    """50 kills, spread over the time that a save takes.  Whatever has a checkpoint's name is whole, and is found."""
+    t = trainer()
+    t._step()  # so that there are moments
+    begin = time.monotonic()
+    saver = saver_of(t, tmp_path / "timing")
+    for i in range(3):
+        saver.save(t.model, t.optimizer, Progress(i + 1))
+    saver.wait()
+    one = (time.monotonic() - begin) / 3
+    draws, seen = random.Random(1), set()
+    folder = tmp_path / "checkpoints"
+    for kill in range(50):
+        first = 3 * kill + 1
+
+        def work(first: int = first) -> None:
+            again = saver_of(t, folder)
+            for i in range(first, first + 1000):
+                again.save(t.model, t.optimizer, Progress(i))
+
+        pid = in_child(work)
+        time.sleep(draws.random() * 2.5 * one + 0.3 * one)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        done = sorted(folder.glob("iter_*")) if folder.exists() else []
+        for one_of_them in done[-3:]:
+            verify(one_of_them, read_manifest(one_of_them, "test"), "test")
+        if done:
+            newest = max(done, key=lambda p: (p / "manifest.json").stat().st_mtime_ns)
+            found = checkpoint.find(folder, "test")
+            assert found == newest
+            assert checkpoint.load(str(folder), "test", t.model, t.optimizer).iteration == int(newest.name[5:])
+        seen.add((len(done), (folder / f".incomplete_iter_{first:07d}").exists()))
+    assert len(seen) > 5  # the kills did fall into different moments
+
+
+def test_a_disk_that_is_full_is_reported_and_harms_nothing(tmp_path: Path) -> None:
+    t = trainer()
+    saver = saver_of(t, tmp_path)
+    saver.save(t.model, t.optimizer, Progress(1))
+    saver.wait()
+    before = digest(tmp_path / "iter_0000001" / "rank-00000.safetensors")
+
+    def work() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # writing fails in the middle of the file
+        again = saver_of(t, tmp_path)
+        again.save(t.model, t.optimizer, Progress(2))
+        with pytest.raises(UserError, match=r"could not write: .*earlier checkpoints are untouched"):
+            again.wait()
+
+    _, status = os.waitpid(in_child(work), 0)
+    assert status == 0
+    assert checkpoint.find(tmp_path, "test").name == "iter_0000001"
+    assert before == digest(tmp_path / "iter_0000001" / "rank-00000.safetensors")
+    assert not (tmp_path / "iter_0000002").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    t = trainer()
+    saver = saver_of(t, tmp_path / "file" / "checkpoints")
+    saver.save(t.model, t.optimizer, Progress(1))
+    with pytest.raises(UserError, match=re.escape(f"checkpoint.save={tmp_path / 'file' / 'checkpoints'}")):
+        saver.wait()
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "manifest", "newer"])
+def test_the_last_good_one_is_named_and_taken_when_asked(tmp_path: Path, damage: str) -> None:
+    trainer(f"logger.run_dir={tmp_path}", "checkpoint.save_interval=2").run()  # 2, 4, 6
+    bad = tmp_path / "checkpoints" / "iter_0000006"
+    file = bad / ("rank-00000.safetensors" if damage in ("flip", "truncate") else "manifest.json")
+    data = bytearray(file.read_bytes())
+    if damage == "newer":
+        data = data.replace(b'"format": 2', b'"format": 9')
+    elif damage == "flip":
+        data[-100] ^= 4
+    else:
+        data = data[: len(data) // 2]
+    file.write_bytes(data)
+    load = f"checkpoint.load={tmp_path}/checkpoints"
+    with pytest.raises(UserError, match=r"iter_0000006.*last good one is iteration 4: .*--resume-from-last-good"):
+        trainer(load)
+    resumed = trainer(load, "checkpoint.resume_from_last_good=true")
+    assert resumed.progress.iteration == 4
+
+
+def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+    keep = ["checkpoint.most_recent_k=2", "checkpoint.save_retain_interval=4"]
+    trainer(f"logger.run_dir={tmp_path}", "train.train_iters=11", "checkpoint.save_interval=1", *keep).run()
+    left = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("iter_*"))
+    assert left == [4, 8, 10, 11]
+    assert (tmp_path / "checkpoints" / POINTER).read_text() == "11"
+
+
+def test_weights_alone_start_a_new_run(tmp_path: Path) -> None:
+    first = trainer(f"logger.run_dir={tmp_path}")
+    first.run()
+    second = trainer(f"checkpoint.pretrained_checkpoint={tmp_path}/checkpoints/iter_0000006")
+    assert second.progress == Progress()
+    assert second.optimizer.steps == 0
+    for name, p in second.model.named_parameters():
+        assert torch.equal(p, first.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_change_of_precision_loses_none(tmp_path: Path, saved: str, resumed: str) -> None:
+    """fp32 weights come from bf16's masters; bf16's masters come from fp32 weights."""
+    first = trainer(f"logger.run_dir={tmp_path}", f"train.precision={saved}")
+    first.run()
+    second = trainer(f"checkpoint.load={tmp_path}/checkpoints", f"train.precision={resumed}", "train.train_iters=9")
+    for name, master in first.optimizer.masters.items():
+        assert torch.equal(second.optimizer.masters[name], master), name
+        wide = first.optimizer.state()[name]["exp_avg_sq"]
+        assert torch.equal(second.optimizer.state()[name]["exp_avg_sq"], wide)
+
+
+def test_a_run_ends_by_itself_after_its_time(tmp_path: Path) -> None:
+    t = trainer(f"logger.run_dir={tmp_path}", "train.train_iters=100000", "train.exit_duration_in_mins=0.02")
+    assert t.run() == 0
+    assert 0 < t.progress.iteration < 100000
+    assert checkpoint.find(tmp_path, "test").name == f"iter_{t.progress.iteration:07d}"
+
+
+def test_a_background_save_holds_the_state_of_its_step(tmp_path: Path) -> None:
+    """What training does after `save` has returned does not reach the file."""
+    t = trainer()
+    config = small("checkpoint.async_save=true")
+    saver = Saver(tmp_path, config, ALONE)
+    before = {n: p.detach().clone() for n, p in t.model.named_parameters()}
+    saver.save(t.model, t.optimizer, Progress(1))
+    with torch.no_grad():
+        for p in t.model.parameters():
+            p.zero_()
+    saver.wait()
+    model, _ = checkpoint.load_model(str(tmp_path), "test", torch.device("cpu"))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
