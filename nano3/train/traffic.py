@@ -56,21 +56,23 @@ class _Step:
     def blocks(self) -> Iterator[Line]:
         """tp: each block gathers its tokens and scatters its sums; the backward pass does the opposite of both.
 
-        A block that is computed again gathers again.  Its scatter comes after the last tensor that the backward pass
-        needs, where the recomputation ends, but for a mixture, whose balance loss comes later still.
+        A mixture routes while it gathers, and adds up its experts' results while it scatters; the backward pass of
+        both is the same seen in a mirror.  A block that is computed again gathers again.  Its scatter comes after the
+        last tensor that the backward pass needs, where the recomputation ends, but for a mixture, whose balance loss
+        comes later still.
         """
         whole = self.tokens * self.c.hidden_size * self.e
         for letter, layers in self.letters.items():
             n, name = layers * self.micro, f"{KINDS[letter]} blocks"
-            meanwhile = "rows travel too" if letter == "E" else "-"
-            yield self.line("tp", "all_gather", f"{name}, forward", n, whole, meanwhile)
-            yield self.line("tp", "reduce_scatter", f"{name}, forward", n, whole)
+            first, last = ("routing", "sum of results") if letter == "E" else ("-", "-")
+            yield self.line("tp", "all_gather", f"{name}, forward", n, whole, first)
+            yield self.line("tp", "reduce_scatter", f"{name}, forward", n, whole, last)
             if letter in self.again:
-                yield self.line("tp", "all_gather", f"{name}, again", n, whole, meanwhile)
+                yield self.line("tp", "all_gather", f"{name}, again", n, whole, first)
                 if letter == "E":
-                    yield self.line("tp", "reduce_scatter", f"{name}, again", n, whole)
-            yield self.line("tp", "all_gather", f"{name}, backward", n, whole)
-            yield self.line("tp", "reduce_scatter", f"{name}, backward", n, whole, meanwhile)
+                    yield self.line("tp", "reduce_scatter", f"{name}, again", n, whole, last)
+            yield self.line("tp", "all_gather", f"{name}, backward", n, whole, last)
+            yield self.line("tp", "reduce_scatter", f"{name}, backward", n, whole, first)
 
     def ends(self) -> Iterator[Line]:
         """tp: the embedding sums its slices' rows; the head gathers its tokens, and three statistics of each."""
