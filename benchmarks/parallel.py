@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -58,14 +59,17 @@ def rows(config: Config, mesh: Mesh, step: int) -> list[Batch]:
 
 def count_bytes(sent: dict[str, int]) -> None:
     """Count the bytes that each kind of collective is handed on this rank."""
-    for name, module in CALLS.items():
 
-        def counted(*args: object, original=getattr(module, name), name=name.lstrip("_"), **kw: object) -> object:
+    def counting(name: str, original: Callable) -> Callable:
+        def counted(*args: object, **kw: object) -> object:
             tensor = args[0] if name in ("all_reduce", "isend") else args[1]
             sent[name] = sent.get(name, 0) + tensor.numel() * tensor.itemsize
             return original(*args, **kw)
 
-        setattr(module, name, counted)
+        return counted
+
+    for name, module in CALLS.items():
+        setattr(module, name, counting(name.lstrip("_"), getattr(module, name)))
 
 
 def worker(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     tokens: Tensor
     labels: Tensor  # labels[:, t] follows tokens[:, t]
     seq_idx: Tensor | None = None  # the document of each token of packed rows
+    real: Tensor | None = None  # bool: False for padding, which then enters no loss, no count and no balance term
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device) for t in self))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kernels.grouped_gemm import experts
 from kernels.routing import Routes, expert_counts, route
 from nano3.config import ModelConfig
+from nano3.model.cache import Rows
 from nano3.parallel.collectives import all_sum, arrive
 from nano3.parallel.expert import Trip
 from nano3.parallel.mesh import ALONE, Axis, Mesh
@@ -42,11 +43,11 @@ class MLP(nn.Module):
     def hidden(self, u: Tensor) -> Tensor:
         return self.up_proj(u).relu().square()
 
-    def forward(self, u: Tensor, seq_idx: Tensor | None, cache: None, whole: bool) -> Tensor:  # (..., D) -> (..., D)
+    def forward(self, u: Tensor, rows: Rows, cache: None, whole: bool) -> Tensor:  # (..., D) -> (..., D)
         return leave(self.down_proj(self.hidden(enter(u, self.tp, whole))), self.tp, whole)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        return self(u, None, None, whole=True)
+        return self(u, Rows(), None, whole=True)
 
 
 class Router(nn.Module):
@@ -89,7 +90,7 @@ class MoE(nn.Module):
         self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size, mesh)
 
     def forward(
-        self, u: Tensor, seq_idx: Tensor | None, cache: None, whole: bool
+        self, u: Tensor, rows: Rows, cache: None, whole: bool
     ) -> tuple[Tensor, Balance | None]:  # (B, S / tp, D) -> (B, S / tp, D)
         gathering = depart_enter(u, self.tp, whole)
         x = u.flatten(0, -2)
@@ -112,26 +113,33 @@ class MoE(nn.Module):
         if not self.training:
             return y, None
         scores = routes.scores_TE.view(*u.shape[:-1], self.E)
-        return y, Balance(sequence_balance_loss(scores, self.K, self.tp), counts)
+        if rows.real is not None:  # padding is computed like any token, and counted nowhere
+            real = routes.experts_TK.where(rows.real.reshape(-1, 1), self.E)
+            counts = expert_counts(real, self.E + 1, self.gate.backend)[:-1]
+        return y, Balance(sequence_balance_loss(scores, self.K, self.tp, rows.real), counts)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        return self(u, None, None, whole=True)[0]
+        return self(u, Rows(), None, whole=True)[0]
 
 
-def sequence_balance_loss(scores_BSE: Tensor, top_k: int, tp: Axis = ALONE.tp) -> Tensor:
+def sequence_balance_loss(scores_BSE: Tensor, top_k: int, tp: Axis = ALONE.tp, real_BS: Tensor | None = None) -> Tensor:
     """E / (K S^2) * sum_i c_i sum_t p_ti per sequence, (B,): 1 when every expert is chosen equally often.
 
     p are the scores normalised over all experts; c_i counts the tokens whose K largest p, without bias or group limits,
     hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one
     sequence.  With the sequence split over tp, c is the whole sequence's and the sum over t this rank's, so the ranks'
-    results add up to the loss.
+    results add up to the loss.  Where real_BS is False there is no token: S counts the others.
     """
-    S, E = scores_BSE.shape[1] * tp.size, scores_BSE.shape[2]
+    E = scores_BSE.shape[2]
+    S = torch.full(scores_BSE.shape[:1], scores_BSE.shape[1] * tp.size, device=scores_BSE.device)
     p = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)
     with torch.no_grad():
         chosen = torch.zeros_like(p).scatter_(-1, p.topk(top_k, dim=-1).indices, 1.0)
-        counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
-    return (counts * p.sum(1)).sum(-1) * (E / (top_k * S * S))
+    if real_BS is not None:
+        p, chosen = p * real_BS.unsqueeze(-1), chosen * real_BS.unsqueeze(-1)
+        S = all_sum(real_BS.sum(1), tp.group).clamp_min(1)
+    counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
+    return (counts * p.sum(1)).sum(-1) * (E / top_k) / (S * S)
 
 
 @torch.no_grad()
