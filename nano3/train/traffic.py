@@ -132,7 +132,7 @@ class _Step:
                 yield self.line(axis, "all_gather", f"{what} weights", 1, n * b.width * weight, "next forward")
 
     def small(self) -> Iterator[Line]:
-        """What is a few numbers, or once per step."""
+        """What is a few numbers, or once per step.  Padded rows sum their lengths besides, which is not counted."""
         E, share = self.c.n_routed_experts, self.share
         passes = self.mixtures * self.micro * (2 if "E" in self.again else 1)
         yield self.line("tp", "all_reduce", "tokens per expert, for balance loss", passes, self.B * E * 4)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels._common import INTERPRET
 from nano3.cli import parser, resolve
 from nano3.config import KINDS, Config, ModelConfig, UserError
+from nano3.model.cache import Rows
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.data import make_buckets
 from nano3.parallel.layout import Layout, check_layout
@@ -197,7 +198,7 @@ def test_activations_are_what_autograd_saves(
     block = model.layers[str(layer)]
     x = torch.randn(1, 96 // layout.tp, 64, requires_grad=True)
     mirror = Mirror(monkeypatch)
-    measured = kept_for_backward(lambda: block.train()(x, None, None, False), list(named_tensors(model).values()))
+    measured = kept_for_backward(lambda: block.train()(x, Rows(), None, False), list(named_tensors(model).values()))
     if mirror.rows:  # the expectation is another test's business
         arrived = sum(mirror.rows) / len(mirror.rows) * layout.ep / (layout.ep - 1) * layout.tp / 96
         monkeypatch.setattr(memory_module, "rows_per_token", lambda *_: arrived)
