@@ -40,7 +40,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tokenizer-model", metavar="PATH", help="'bytes', a Hugging Face folder, or a tokenizer.json")
     p.add_argument("--seq-length", metavar="N", help="tokens per sequence")
-    p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, then stop")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print parameters, memory and messages of each rank, then stop; no GPU"
+    )
+    p.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for, with --dry-run")
     p.add_argument("overrides", nargs="*", metavar="section.key=value")
     return p
 
@@ -49,6 +52,8 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
     """The validated configuration and the name of its preset.  Raises UserError."""
     if args.mode == "finetune":
         raise UserError("--mode finetune is not available in this version; --mode pretrain is")
+    if args.world_size is not None:
+        _check_world_size(args)
     name = args.preset or DEFAULT
     if name not in PRESETS:
         raise UserError(
@@ -68,6 +73,17 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
     config = OmegaConf.to_object(node)
     validate(config)
     return config, name
+
+
+def _check_world_size(args: argparse.Namespace) -> None:
+    n = args.world_size
+    if not args.dry_run:
+        raise UserError(
+            f"--world-size {n} says what --dry-run plans for; a run has the ranks that torchrun starts: "
+            f"torchrun --nproc-per-node={n} train.py ..., or add --dry-run"
+        )
+    if n < 1:
+        raise UserError(f"--world-size {n} must be at least 1")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
