@@ -39,6 +39,11 @@ def parser() -> argparse.ArgumentParser:
         "--config-file", metavar="YAML", help="settings laid over the preset, e.g. the config.yaml of an earlier run"
     )
     p.add_argument("--tokenizer-model", metavar="PATH", help="'bytes', a Hugging Face folder, or a tokenizer.json")
+    p.add_argument(
+        "--resume-from-last-good",
+        action="store_true",
+        help="if checkpoint.load is damaged, take the newest checkpoint beside it that is not",
+    )
     p.add_argument("--seq-length", metavar="N", help="tokens per sequence")
     p.add_argument(
         "--dry-run", action="store_true", help="print parameters, memory and messages of each rank, then stop; no GPU"
@@ -60,6 +65,7 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
             f"--preset {name}: there is no such preset{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
         )
     flags = {"tokenizer.tokenizer_model": args.tokenizer_model, "dataset.seq_length": args.seq_length}
+    flags["checkpoint.resume_from_last_good"] = args.resume_from_last_good or None
     layers = [
         (f"preset {name}", PRESETS[name]),
         (args.config_file or "", read_yaml(args.config_file) if args.config_file else {}),
@@ -171,14 +177,23 @@ def validate(config: Config) -> None:
         ("validation", "eval_iters"),
         ("validation", "sample_tokens"),
         ("checkpoint", "save_interval"),
+        ("dataset", "num_workers"),
         ("rng", "seed"),
         *(("optimizer", k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")),
     ]:
         _at_least(config, section, key, 0)
-    for key in ("tp", "ep", "pp", "cp"):
+    for key in ("tp", "ep", "pp", "cp", "virtual_pp"):
         _at_least(config, "parallel", key, 1)
     if t.micro_batch_size is not None:
         _at_least(config, "train", "micro_batch_size", 1)
+    k = config.checkpoint.most_recent_k
+    if k == 0 or k < -1:
+        raise UserError(f"checkpoint.most_recent_k={k} would keep nothing; use 1 or more, or -1 to keep all")
+    if config.checkpoint.load is not None and config.checkpoint.pretrained_checkpoint is not None:
+        raise UserError(
+            f"checkpoint.load={config.checkpoint.load} resumes a run and checkpoint.pretrained_checkpoint="
+            f"{config.checkpoint.pretrained_checkpoint} starts a new one; give one of them"
+        )
     if d.seq_length < 2:
         raise UserError(
             f"dataset.seq_length={d.seq_length}: a sequence needs at least 2 tokens (one to see, one to predict)"
