@@ -2,7 +2,8 @@
 
 Rows are ordered by expert, each expert multiplies its slice, and each token gathers its K results back: no capacity, no
 dropped token, no atomics, so equal inputs give equal bits.  On a GPU the order is only ever a table of integers
-(permute.py): the products read the rows of x where they lie, and nothing is asked of the host.
+(permute.py), and nothing is asked of the host.  The products read the rows of x where they lie, or a copy in expert
+order, whichever is faster (grouped_gemm_configs.py): a copy costs one pass over memory, but TMA can read it.
 
 The kernels save one tensor, hs = w relu(z)^2 with z = up_e x: it is what the down projection reads, what its weight
 gradient reads, and it contains relu(z) = sqrt(hs / w).  So a row costs F elements instead of the 2 F of z and its
@@ -25,7 +26,7 @@ if triton is not None:
     from kernels.grouped_gemm_configs import aligned, choose_configs
     from kernels.grouped_gemm_rows import down_rows, down_rows_backward, up_rows, up_rows_backward
     from kernels.grouped_gemm_weights import weight_gradient
-    from kernels.permute import Tiles, plan_rows, sum_rows, tiles_from_counts, zero_tail
+    from kernels.permute import Tiles, copy_rows, plan_rows, sum_rows, tiles_from_counts, zero_tail
 
 
 def experts_reference(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -117,9 +118,12 @@ class _Experts(torch.autograd.Function):
         tiles: "Tiles",
         grads: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
-        top_k = 1 if place is None else place.shape[1]
+        top_k = 0 if place is None else place.shape[1]  # 0: the rows are in place
         configs = choose_configs(x, up, down)
-        hs = up_rows(x, weights, up, tiles, order, top_k, configs["up"])  # (R, F)
+        if top_k and configs["up"].copy:
+            hs = up_rows(copy_rows(x, place, order.numel()), weights, up, tiles, order, 0, configs["up"])
+        else:
+            hs = up_rows(x, weights, up, tiles, order, top_k, configs["up"])  # (R, F)
         rows = down_rows(hs, down, tiles, configs["down"])  # (R, D)
         if place is None:
             zero_tail(hs, tiles, tiles.block)
@@ -136,8 +140,17 @@ class _Experts(torch.autograd.Function):
         (up_grad, down_grad), configs = ctx.grads, ctx.configs
         dx = dweights = dup = ddown = None
         dy = dy.contiguous()
+        read_dy = read_x = (order, ctx.top_k)  # how the products find the rows of dy and of x
+        dy_rows = dy
+        if ctx.top_k and configs["dH"].copy:
+            dy_rows, read_dy = copy_rows(dy, place, order.numel()), (None, 0)
+        if need_down:
+            ddown = weight_gradient(dy_rows, hs, tiles, *read_dy, True, configs["ddown"], down_grad)
         if need_x or need_weights or need_up:
-            dz, dweights = down_rows_backward(dy, weights, hs, down, tiles, order, place, configs["dH"])
+            dz, dweights = down_rows_backward(
+                dy_rows, weights, hs, down, tiles, order, place, read_dy[1], configs["dH"]
+            )
+            del dy_rows  # before the next buffer of its size
             if place is None:
                 zero_tail(dz, tiles, tiles.block)
             if need_x:
@@ -147,9 +160,9 @@ class _Experts(torch.autograd.Function):
                 else:
                     dx = sum_rows(dx, place)
             if need_up:
-                dup = weight_gradient(x, dz, tiles, order, ctx.top_k, False, configs["dup"], up_grad)
-        if need_down:
-            ddown = weight_gradient(dy, hs, tiles, order, ctx.top_k, True, configs["ddown"], down_grad)
+                if ctx.top_k and configs["dup"].copy:
+                    x, read_x = copy_rows(x, place, order.numel()), (None, 0)
+                dup = weight_gradient(x, dz, tiles, *read_x, False, configs["dup"], up_grad)
         return (
             dx,
             dweights if need_weights else None,
