@@ -23,8 +23,14 @@ from torch import Tensor
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels.grouped_gemm_configs import aligned, choose_configs
-    from kernels.grouped_gemm_rows import down_rows, down_rows_backward, up_rows, up_rows_backward
+    from kernels.grouped_gemm_configs import Config, aligned, choose_configs
+    from kernels.grouped_gemm_rows import (
+        down_rows,
+        down_rows_backward,
+        routing_weight_gradients,
+        up_rows,
+        up_rows_backward,
+    )
     from kernels.grouped_gemm_weights import weight_gradient
     from kernels.permute import Tiles, copy_rows, plan_rows, sum_rows, tiles_from_counts, zero_tail
 
@@ -103,6 +109,15 @@ def _mlp_torch(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, up_EFD: Ten
     return torch.cat([*out, rows_RD.new_zeros(rest, down_EDF.shape[1])])
 
 
+def _find_rows(x: Tensor, order: Tensor | None, place: Tensor | None, c: "Config") -> tuple[Tensor, Tensor | None, int]:
+    """x, order and K as a product takes them: rows in place have no order and K = 0."""
+    if place is None:
+        return x, None, 0
+    if c.copy:
+        return copy_rows(x, place, order.numel()), None, 0
+    return x, order, place.shape[1]
+
+
 class _Experts(torch.autograd.Function):
     """The whole block.  order and place None: x is rows in expert order, one weight each, and so is the result."""
 
@@ -118,39 +133,34 @@ class _Experts(torch.autograd.Function):
         tiles: "Tiles",
         grads: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
-        top_k = 0 if place is None else place.shape[1]  # 0: the rows are in place
         configs = choose_configs(x, up, down)
-        if top_k and configs["up"].copy:
-            hs = up_rows(copy_rows(x, place, order.numel()), weights, up, tiles, order, 0, configs["up"])
-        else:
-            hs = up_rows(x, weights, up, tiles, order, top_k, configs["up"])  # (R, F)
+        weights_R = weights.flatten() if order is None else weights.flatten().index_select(0, order)
+        x_rows, *where = _find_rows(x, order, place, configs["up"])
+        hs = up_rows(x_rows, weights_R, up, tiles, *where, configs["up"])  # (R, F)
+        del x_rows  # before the next buffer of its size
         rows = down_rows(hs, down, tiles, configs["down"])  # (R, D)
         if place is None:
             zero_tail(hs, tiles, tiles.block)
             zero_tail(rows, tiles)
-        ctx.save_for_backward(x, weights, up, down, order, place, hs, *tiles[:3])
-        ctx.block, ctx.top_k, ctx.configs, ctx.grads = tiles.block, top_k, configs, grads
+        ctx.save_for_backward(x, weights, weights_R, up, down, order, place, hs, *tiles[:3])
+        ctx.block, ctx.configs, ctx.grads = tiles.block, configs, grads
         return rows if place is None else sum_rows(rows, place)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, up, down, order, place, hs, *tables = ctx.saved_tensors
+        x, weights, weights_R, up, down, order, place, hs, *tables = ctx.saved_tensors
         tiles = Tiles(*tables, ctx.block)
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
         (up_grad, down_grad), configs = ctx.grads, ctx.configs
         dx = dweights = dup = ddown = None
         dy = dy.contiguous()
-        read_dy = read_x = (order, ctx.top_k)  # how the products find the rows of dy and of x
-        dy_rows = dy
-        if ctx.top_k and configs["dH"].copy:
-            dy_rows, read_dy = copy_rows(dy, place, order.numel()), (None, 0)
+        dy_rows, *where = _find_rows(dy, order, place, configs["dH"])
         if need_down:
-            ddown = weight_gradient(dy_rows, hs, tiles, *read_dy, True, configs["ddown"], down_grad)
+            ddown = weight_gradient(dy_rows, hs, tiles, *where, True, configs["ddown"], down_grad)
         if need_x or need_weights or need_up:
-            dz, dweights = down_rows_backward(
-                dy_rows, weights, hs, down, tiles, order, place, read_dy[1], configs["dH"]
-            )
-            del dy_rows  # before the next buffer of its size
+            dz, part = down_rows_backward(dy_rows, weights_R, hs, down, tiles, *where, configs["dH"])
+            dweights = routing_weight_gradients(part, weights, place, tiles)
+            del dy_rows
             if place is None:
                 zero_tail(dz, tiles, tiles.block)
             if need_x:
@@ -160,9 +170,8 @@ class _Experts(torch.autograd.Function):
                 else:
                     dx = sum_rows(dx, place)
             if need_up:
-                if ctx.top_k and configs["dup"].copy:
-                    x, read_x = copy_rows(x, place, order.numel()), (None, 0)
-                dup = weight_gradient(x, dz, tiles, *read_x, False, configs["dup"], up_grad)
+                x_rows, *where = _find_rows(x, order, place, configs["dup"])
+                dup = weight_gradient(x_rows, dz, tiles, *where, False, configs["dup"], up_grad)
         return (
             dx,
             dweights if need_weights else None,

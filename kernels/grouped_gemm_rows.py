@@ -88,7 +88,7 @@ def _rows_kernel(
     a_ptr, a_desc, b_ptr, b_desc, extra_desc, out_ptr, out_desc, order_ptr, w_ptr, hs_ptr, hs_desc, part_ptr,
     offsets_ptr, start_ptr, tile_expert_ptr, R, a_stride,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
-    GATHER: tl.constexpr, BY_CHOICE: tl.constexpr, B_IS_NK: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
+    GATHER: tl.constexpr, B_IS_NK: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -135,8 +135,7 @@ def _rows_kernel(
         live = rows < end
         w = tl.zeros([BLOCK_M], tl.float32)
         if EPILOGUE != PLAIN:
-            choice = tl.load(order_ptr + rows, mask=live, other=0) if BY_CHOICE else rows
-            w = tl.load(w_ptr + choice, mask=live, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + rows, mask=live, other=0.0).to(tl.float32)
         if SPLIT == 1:
             dot = _finish(
                 acc, out_ptr, out_desc, hs_ptr, hs_desc, w, row0, end, live, n0, N, EPILOGUE, BLOCK_M, BLOCK_N
@@ -208,7 +207,7 @@ def _multiply(
     programs = min(resident_programs(a, c.per_sm), tiles.tile_expert.numel() * n_tiles)
     _rows_kernel[(programs,)](
         a, a_desc, b, b_desc, extra_desc, out, out_desc, order, w, hs, hs_desc, part, *tiles[:3], R, a.stride(0),
-        E=E, K=K, N=N, TOP_K=top_k, GATHER=top_k > 0, BY_CHOICE=order is not None, B_IS_NK=b_is_nk,
+        E=E, K=K, N=N, TOP_K=top_k, GATHER=top_k > 0, B_IS_NK=b_is_nk,
         A_TMA=a_desc is not None, B_TMA=b_desc is not None, EPILOGUE=epilogue,
         PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
         BLOCK_K=c.block_k, SPLIT=c.split, num_warps=c.warps, num_stages=c.stages,
@@ -217,10 +216,10 @@ def _multiply(
 
 
 def up_rows(
-    x: Tensor, weights: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
+    x: Tensor, weights_R: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
 ) -> Tensor:
-    """hs (R, F).  x: (T, D), or with top_k = 0 (R, D).  weights: (T, K), read by choice (or (R,), without an order)."""
-    return _multiply(config, x, up, True, tiles, order, top_k, RELU2, weights)[0]
+    """hs (R, F).  x: (T, D), or with top_k = 0 (R, D)."""
+    return _multiply(config, x, up, True, tiles, order, top_k, RELU2, weights_R)[0]
 
 
 def down_rows(hs: Tensor, down: Tensor, tiles: Tiles, config: Config) -> Tensor:
@@ -230,27 +229,30 @@ def down_rows(hs: Tensor, down: Tensor, tiles: Tiles, config: Config) -> Tensor:
 
 def down_rows_backward(
     dy: Tensor,
-    weights: Tensor,
+    weights_R: Tensor,
     hs: Tensor,
     down: Tensor,
     tiles: Tiles,
     order: Tensor | None,
-    place: Tensor | None,
     top_k: int,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """dz (R, F) of z = up x, and the gradient of the routing weights.  dy: (T, D), or with top_k = 0 (R, D).
+    """dz (R, F) of z = up x, and what routing_weight_gradients sums.  dy: (T, D), or with top_k = 0 (R, D).
 
     With g = down^T dy:  dz = 2 w relu(z) g,  dw = sum_F g relu(z)^2.
     """
-    dz, part = _multiply(config, dy, down, False, tiles, order, top_k, DRELU2, weights, hs)
+    return _multiply(config, dy, down, False, tiles, order, top_k, DRELU2, weights_R, hs)
+
+
+def routing_weight_gradients(part: Tensor, weights: Tensor, place: Tensor | None, tiles: Tiles) -> Tensor:
+    """The gradient of the routing weights, (T, K), or without places (R,), from the parts of g . hs."""
     dweights = torch.empty_like(weights)
     choices = weights.numel()
     _weight_grad_kernel[(triton.cdiv(choices, 128),)](
         part, weights, place, tiles.offsets_E1[-1:], dweights, choices, part.shape[1], part.shape[0],
         HAS_PLACE=place is not None, BLOCK=128,
     )  # fmt: skip
-    return dz, dweights
+    return dweights
 
 
 def up_rows_backward(dz: Tensor, up: Tensor, tiles: Tiles, config: Config) -> Tensor:

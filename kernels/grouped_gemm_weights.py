@@ -106,6 +106,10 @@ def _weights_kernel(
     end = 0
     m0 = 0
     n0 = 0
+    # Where the next tile's rows are is read a tile ahead, so that nothing waits for it.
+    next_e = pid // TILES
+    next_k = tl.load(offsets_ptr + next_e)
+    next_end = tl.load(offsets_ptr + next_e + 1)
     ks = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if EXTRA_N > 0:
@@ -115,11 +119,14 @@ def _weights_kernel(
         k += BLOCK_K
         if k >= end:
             tile += programs
-            e = tile // TILES
+            e = next_e
             m0 = (tile % M_TILES) * BLOCK_M
             n0 = (tile // M_TILES % N_TILES) * (BLOCK_N + EXTRA_N)
-            k = tl.load(offsets_ptr + e)
-            end = tl.load(offsets_ptr + e + 1)
+            k = next_k
+            end = next_end
+            next_e = tl.minimum((tile + programs) // TILES, E - 1)
+            next_k = tl.load(offsets_ptr + next_e)
+            next_end = tl.load(offsets_ptr + next_e + 1)
         live = ks < end - k
         rows = k + ks
         token = tl.load(order_ptr + rows, mask=live, other=0) // TOP_K if GATHER else rows
