@@ -106,10 +106,6 @@ def _weights_kernel(
     end = 0
     m0 = 0
     n0 = 0
-    # Where the next tile's rows are is read a tile ahead, so that nothing waits for it.
-    next_e = pid // TILES
-    next_k = tl.load(offsets_ptr + next_e)
-    next_end = tl.load(offsets_ptr + next_e + 1)
     ks = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if EXTRA_N > 0:
@@ -119,14 +115,11 @@ def _weights_kernel(
         k += BLOCK_K
         if k >= end:
             tile += programs
-            e = next_e
+            e = tile // TILES
             m0 = (tile % M_TILES) * BLOCK_M
             n0 = (tile // M_TILES % N_TILES) * (BLOCK_N + EXTRA_N)
-            k = next_k
-            end = next_end
-            next_e = tl.minimum((tile + programs) // TILES, E - 1)
-            next_k = tl.load(offsets_ptr + next_e)
-            next_end = tl.load(offsets_ptr + next_e + 1)
+            k = tl.load(offsets_ptr + e)
+            end = tl.load(offsets_ptr + e + 1)
         live = ks < end - k
         rows = k + ks
         token = tl.load(order_ptr + rows, mask=live, other=0) // TOP_K if GATHER else rows
@@ -180,8 +173,11 @@ def weight_gradient(
     left: the gathered operand gives M, otherwise N.
     """
     E = tiles.offsets_E1.numel() - 1
-    if buffer is not None and buffer.element_size() == 4 and c.extra_n and gathered.element_size() == 2:
-        c = c._replace(extra_n=0)  # reading fp32 beside the accumulators of the wider tile spills
+    if buffer is not None and gathered.element_size() == 2:
+        # The sum so far passes through shared memory in fp32, half a tile at a time, and through registers beside the
+        # accumulators: there is no room for extra columns, for a fourth stage of all-TMA loads or for a TMA store.
+        stages = min(c.stages, 3) if c.copy else c.stages
+        c = c._replace(extra_n=0, stages=stages, store=False, split=2)
     M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
     out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
     desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)
@@ -189,8 +185,7 @@ def weight_gradient(
     gathered_desc = (
         describe_ragged(gathered, c.block_k, c.block_m if left else c.block_n) if c.copy and order is None else None
     )
-    # An fp32 buffer is read and written anyway, and its tile is too large for shared memory beside the operands.
-    out_desc = describe_matrices(out, c.block_m, c.block_n // c.split) if c.store and out.dtype == fixed.dtype else None
+    out_desc = describe_matrices(out, c.block_m, c.block_n // c.split) if c.store else None
     tiles_per_expert = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n + c.extra_n)
     # Without row numbers to read ahead of the rows, half the stages hold as much data.
     stages = c.stages if c.copy or order is not None else (c.stages + 1) // 2
