@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels.grouped_gemm_configs import Config, aligned, choose_configs
+    from kernels.grouped_gemm_configs import aligned, choose_configs
     from kernels.grouped_gemm_rows import (
         down_rows,
         down_rows_backward,
@@ -109,11 +109,11 @@ def _mlp_torch(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, up_EFD: Ten
     return torch.cat([*out, rows_RD.new_zeros(rest, down_EDF.shape[1])])
 
 
-def _find_rows(x: Tensor, order: Tensor | None, place: Tensor | None, c: "Config") -> tuple[Tensor, Tensor | None, int]:
+def _find_rows(x: Tensor, order: Tensor | None, place: Tensor | None, copy: bool) -> tuple[Tensor, Tensor | None, int]:
     """x, order and K as a product takes them: rows in place have no order and K = 0."""
     if place is None:
         return x, None, 0
-    if c.copy:
+    if copy:
         return copy_rows(x, place, order.numel()), None, 0
     return x, order, place.shape[1]
 
@@ -135,7 +135,7 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         configs = choose_configs(x, up, down)
         weights_R = weights.flatten() if order is None else weights.flatten().index_select(0, order)
-        x_rows, *where = _find_rows(x, order, place, configs["up"])
+        x_rows, *where = _find_rows(x, order, place, configs["up"].copy)
         hs = up_rows(x_rows, weights_R, up, tiles, *where, configs["up"])  # (R, F)
         del x_rows  # before the next buffer of its size
         rows = down_rows(hs, down, tiles, configs["down"])  # (R, D)
@@ -154,13 +154,15 @@ class _Experts(torch.autograd.Function):
         (up_grad, down_grad), configs = ctx.grads, ctx.configs
         dx = dweights = dup = ddown = None
         dy = dy.contiguous()
-        dy_rows, *where = _find_rows(dy, order, place, configs["dH"])
+        found = {copy: _find_rows(dy, order, place, copy) for copy in {configs["ddown"].copy, configs["dH"].copy}}
         if need_down:
+            dy_rows, *where = found[configs["ddown"].copy]
             ddown = weight_gradient(dy_rows, hs, tiles, *where, True, configs["ddown"], down_grad)
         if need_x or need_weights or need_up:
+            dy_rows, *where = found[configs["dH"].copy]
             dz, part = down_rows_backward(dy_rows, weights_R, hs, down, tiles, *where, configs["dH"])
             dweights = routing_weight_gradients(part, weights, place, tiles)
-            del dy_rows
+            del dy_rows, found
             if place is None:
                 zero_tail(dz, tiles, tiles.block)
             if need_x:
@@ -170,7 +172,7 @@ class _Experts(torch.autograd.Function):
                 else:
                     dx = sum_rows(dx, place)
             if need_up:
-                x_rows, *where = _find_rows(x, order, place, configs["dup"])
+                x_rows, *where = _find_rows(x, order, place, configs["dup"].copy)
                 dup = weight_gradient(x_rows, dz, tiles, *where, False, configs["dup"], up_grad)
         return (
             dx,

@@ -30,7 +30,7 @@ def _same(rows: Config, weights: Config | None = None) -> dict[str, Config]:
 
 # The best of 16 to 17 configurations of each product on an H100 (benchmarks/kernels_moe.py --sweep).  Tiles of 256
 # columns waste 5 % of 2688 and 10 % of 1856, tiles of 192 none and 3 %; the wider ones win where they do not spill.
-# What is gathered should be the narrow side of a tile: it costs about 20 ns per KiB that a multiprocessor reads.
+# What is gathered should be the narrow side of a tile: gathering costs some 17 ns per KiB that a multiprocessor reads.
 HOPPER_GATHER = {
     "up": Config(128, 256, 64, 8, 4),
     "down": Config(128, 256, 64, 8, 4),
