@@ -174,11 +174,16 @@ def check() -> bool:
         (129, D, HIDDEN, 16, 6, "few"), (129, 264, 136, 16, 22 // 4, "all"), (257, 100, 90, 40, 22, "all"),
         (300, 256, 192, 5, 1, "one"), (4097, 512, 320, 32, 22, "all"), (4097, D, HIDDEN, 16, 6, "one"),
     ]  # fmt: skip
-    for T, d, f, e, k, kind in shapes:
-        for dtype in (bf16, fp32):
-            name = f"experts T={T} D={d} F={f} E={e} K={k} {kind} {str(dtype)[6:]}"
+    default = grouped_gemm_configs.HOPPER
+    for way, dtype in ((HOPPER_GATHER, bf16), (HOPPER_COPY, bf16), (default, fp32)):  # fp32 has one way
+        grouped_gemm_configs.HOPPER = way
+        note = str(dtype)[6:] + (" copied" if way is HOPPER_COPY else "")
+        for T, d, f, e, k, kind in shapes:
+            name = f"experts T={T} D={d} F={f} E={e} K={k} {kind} {note}"
             report(name, partial(experts_verdict, T, d, f, e, k, dtype, kind))
-    report("experts T=8192 Nano bfloat16", partial(experts_verdict, 8192, D, HIDDEN, E, K, bf16, "all"))
+        if dtype == bf16:
+            report(f"experts T=8192 Nano {note}", partial(experts_verdict, 8192, D, HIDDEN, E, K, bf16, "all"))
+    grouped_gemm_configs.HOPPER = default
     return fine
 
 
@@ -362,22 +367,25 @@ WEIGHT_CONFIGS = [
 ]
 
 
-def registers(kernel: object) -> str:
-    """Registers and spilled bytes per thread, and shared memory, of what `kernel` was last compiled to."""
+def compiled(kernel: object, f: Callable[[], Tensor]) -> tuple[Tensor, str]:
+    """f's result, and the registers, spills and shared memory of what `kernel` was compiled to for it."""
+    launched, run = [], kernel.run
+    kernel.run = lambda *args, **options: launched.append(run(*args, **options))
     try:
-        cache = kernel.device_caches[torch.cuda.current_device()][0]
-        last = list(cache.values())[-1]
-        return f"{last.n_regs} registers, {last.n_spills} spilled, {last.metadata.shared} B shared"
-    except (AttributeError, LookupError, TypeError):  # internals of Triton, which may change
-        return "registers unknown"
+        result = f()
+    finally:
+        del kernel.run  # the class has it
+    used = launched[-1]
+    return result, f"{used.n_regs} registers, {used.n_spills} spilled, {used.metadata.shared} B shared"
 
 
 def distance(got: Tensor, true: Tensor) -> float:
     """Relative error (Euclidean), piece by piece: a copy of all weight gradients in fp32 would be large."""
-    wrong = sum(
-        (g.float() - t.float()).square().sum().item() for g, t in zip(got.split(4096), true.split(4096), strict=True)
-    )
-    return (wrong / sum(t.float().square().sum().item() for t in true.split(4096))) ** 0.5
+    wrong = size = 0.0
+    for g, t in zip(got.flatten(0, -2).split(1 << 14), true.flatten(0, -2).split(1 << 14), strict=True):
+        wrong += (g.float() - t.float()).square().sum().item()
+        size += t.float().square().sum().item()
+    return (wrong / size) ** 0.5
 
 
 def trial(name: str, f: Callable[[Config], Tensor], config: Config, true: Tensor, flops: float) -> tuple[float, str]:
@@ -385,9 +393,10 @@ def trial(name: str, f: Callable[[Config], Tensor], config: Config, true: Tensor
     tile, options = config[:5], list(config._asdict().items())[5:]
     shown = " ".join([*map(str, tile), *(f"{k}={v}" for k, v in options if v != Config._field_defaults[k])])
     try:
-        error = distance(f(config), true)
         kernel = grouped_gemm_weights._weights_kernel if name in WEIGHTS else grouped_gemm_rows._rows_kernel
-        used = registers(kernel)
+        got, used = compiled(kernel, partial(f, config))
+        error = distance(got, true)
+        del got
         ms = gpu_ms(partial(f, config), budget_s=0.1)
         wrong = "" if error < 0.01 else "WRONG "  # NaN is not <
         line = f"{name:5} {ms:.3f} ms {flops / ms / 1e9:5.0f} TFLOP/s  {wrong}{error:.1e}  {shown}  ({used})"
