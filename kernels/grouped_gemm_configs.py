@@ -23,9 +23,8 @@ class Config(NamedTuple):
     split: int = 1  # 2: the epilogue takes the tile's columns in two halves, with half the registers and shared memory
 
 
-def _same(rows: Config, weights: Config | None = None) -> dict[str, Config]:
-    weights = weights or rows
-    return {"up": rows, "down": rows, "dH": rows, "dX": rows, "dup": weights, "ddown": weights}
+def _same(config: Config) -> dict[str, Config]:
+    return dict.fromkeys(("up", "down", "dH", "dX", "dup", "ddown"), config)
 
 
 # The best of 16 to 17 configurations of each product on an H100 (benchmarks/kernels_moe.py --sweep).  Tiles of 256
@@ -42,8 +41,8 @@ HOPPER_GATHER = {
 # Nothing gathered: x is copied once in each direction and dy once, then every operand and result goes by TMA.  dH has
 # a stage less because its epilogue needs shared memory for hs.
 _ALL_TMA = Config(128, 256, 64, 8, 4, copy=True, store=True, split=2)
-HOPPER_COPY = dict.fromkeys(("up", "down", "dX", "dup", "ddown"), _ALL_TMA) | {"dH": _ALL_TMA._replace(stages=3)}
-HOPPER = HOPPER_GATHER
+HOPPER_COPY = _same(_ALL_TMA) | {"dH": _ALL_TMA._replace(stages=3)}
+HOPPER = HOPPER_GATHER  # HOPPER_COPY has not been timed yet; by what the sweeps say it should be faster
 BLACKWELL = HOPPER_GATHER | {"dH": Config(128, 128, 64, 8, 3)}  # the epilogue of the wider tile spills there
 SMALL_SHARED = _same(Config(128, 128, 32, 8, 3, flatten=False))  # sm_80, sm_120: no TMA or 99 KiB
 UNALIGNED = _same(Config(64, 64, 32, 8, 2, flatten=False))  # element by element: correct, and rarely wanted
