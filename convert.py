@@ -152,7 +152,7 @@ def compare(args: argparse.Namespace) -> int:
 
     model = find_model(args.hf_model, args.hf_revision)
     source = open_any(args.checkpoint or str(model), drop_mtp=args.drop_mtp, setting="--checkpoint")
-    has_one = any((model / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    has_one = any((model / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(args.tokenizer_model or (str(model) if has_one else "none"), source.config.vocab_size)
     prompts = [tokenizer.encode(text) for text in args.prompt]
     if not all(prompts):

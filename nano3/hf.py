@@ -233,8 +233,8 @@ def open_model(folder: Path | str, strict: bool = True, drop_mtp: bool = False) 
     drop_mtp: leave `mtp.*` aside, the head that predicts further tokens, which nano3 does not have.
     """
     folder = Path(folder)
-    config, _ = read_config(folder, drop_mtp)
     found = read_folder(folder)
+    config, _ = read_config(folder, drop_mtp)
     problems, tensors = [], {}
     held: dict[str, list[tuple[int | None, str]]] = {}  # our name -> expert's number, and name in the files
     for name in found:

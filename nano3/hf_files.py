@@ -79,8 +79,9 @@ def locate(folder: Path, name: str) -> Path:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, on one line."""
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
+    """What an exception says, on one line, in characters that a terminal only shows."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def read_json(path: Path, data: bytes | None = None, limit: int = LARGEST_JSON) -> dict[str, Any]:

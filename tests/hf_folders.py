@@ -8,21 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nano3.config import ModelConfig
-from nano3.hf import FP32, shapes
+from nano3.convert import components
+from nano3.hf import FP32, GEOMETRY, shapes
 from nano3.model.init import draw
+from nano3.train.storage import Item, Progress, commit, manifest_of, temporary_folder, write_file
 from tests.oracles import GOLDEN
 
 FORMS = ("released", "fused", "between", "mixed")
-HF_FIELDS = (
-    "hybrid_override_pattern vocab_size hidden_size num_attention_heads num_key_value_heads head_dim mamba_num_heads "
-    "mamba_head_dim n_groups ssm_state_size conv_kernel use_conv_bias chunk_size n_routed_experts num_experts_per_tok "
-    "moe_intermediate_size moe_shared_expert_intermediate_size n_group topk_group norm_topk_prob routed_scaling_factor "
-    "intermediate_size layer_norm_epsilon"
-).split(" ")
+HF_FIELDS = [*(f for f in GEOMETRY if f != "time_step_limit"), "chunk_size"]
 
 
 def random_geometry(seed: int) -> ModelConfig:
@@ -128,3 +126,32 @@ def hf_config(c: ModelConfig) -> dict:
         "torch_dtype": "bfloat16",
         "tie_word_embeddings": False,
     }
+
+
+def write_checkpoint(folder: Path, c: ModelConfig, weights: dict[str, Tensor], seed: int, iteration: int = 10) -> Path:
+    """A checkpoint as a run in a random layout leaves it: tensors cut along their rows and columns, over four files,
+    and optimizer state beside them."""
+    r = random.Random(seed)
+    files: dict[str, list[Item]] = {f"rank-{i:05d}.safetensors": [] for i in range(4)}
+    for name, tensor in weights.items():
+        for key, start, stop in components(name, tensor.shape[0], c):
+            whole = tensor[start:stop]
+            boxes = [[(0, n) for n in whole.shape]]
+            for dim in r.sample(range(whole.dim()), min(2, whole.dim())):
+                cut = r.randint(0, whole.shape[dim])
+                halves = [(0, cut), (cut, whole.shape[dim])] if 0 < cut < whole.shape[dim] else [(0, whole.shape[dim])]
+                boxes = [[*box[:dim], half, *box[dim + 1 :]] for box in boxes for half in halves]
+            for box in boxes:
+                part = whole[tuple(slice(*side) for side in box)].contiguous()
+                offsets = tuple(a for a, _ in box)
+                shapes_ = (tuple(whole.shape), offsets, tuple(part.shape))
+                r.choice(list(files.values())).append(Item(key, part.dtype, *shapes_, data=lambda part=part: [part]))
+                state = Item(key.replace("model.", "exp_avg.", 1), part.dtype, *shapes_, data=lambda part=part: [part])
+                r.choice(list(files.values())).append(state)
+    final = folder / f"iter_{iteration:07d}"
+    temporary = temporary_folder(final)
+    temporary.mkdir(parents=True)
+    (temporary / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(c)}))
+    written = {file: (write_file(temporary / file, items), items) for file, items in files.items()}
+    commit(temporary, final, manifest_of(Progress(iteration, 8 * iteration, 64 * iteration), written))
+    return final
