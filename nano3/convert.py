@@ -173,7 +173,7 @@ def in_files(things: list[T], size: Callable[[T], int], limit: int) -> list[list
 
 
 def import_model(model: Path, out: Path, options: Options, meter: Meter) -> str:
-    """Write DIR/iter_0000000 from a Hugging Face folder; `hf/` in it keeps the small files.  Returns a sentence."""
+    """Write DIR/iter_0000000 from a Hugging Face folder; `hf/` in it keeps the small files.  Returns what was done."""
     source = open_model(model, drop_mtp=options.drop_mtp)
     items = []
     for name, stored in source.tensors.items():
@@ -201,15 +201,15 @@ def import_model(model: Path, out: Path, options: Options, meter: Meter) -> str:
         for file, group in written.items()
     ]
     plan = {"source": _stamp(source), "files": {f: [(i.key, NAMES[i.dtype]) for i in g] for f, g in written.items()}}
-    with journalled(temporary, plan, jobs, options.workers, meter) as records:
+    with journalled(temporary, plan, jobs, options.workers, meter) as done:
         (temporary / "hf").mkdir(exist_ok=True)
         for path in small_files(model):
             shutil.copyfile(path, temporary / "hf" / path.name)
         (temporary / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(source.config)}))
-        pairs = {file: (FileRecord(*records[file]), group) for file, group in written.items()}
+        pairs = {file: (FileRecord(*done.records[file]), group) for file, group in written.items()}
         commit(temporary, final, manifest_of(Progress(), pairs))
     source.close()
-    return f"imported {what}"
+    return f"imported {what}\n{done}"
 
 
 def _check_import_folder(out: Path, final: Path, overwrite: bool) -> None:
@@ -226,7 +226,7 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     """Write a Hugging Face folder from a checkpoint: released names, dtypes of `model`, its small files.
 
     model: the folder that the weights came from once, or one with config.json and tokenizer only; None: what the
-    import kept of it.  Returns a sentence.
+    import kept of it.  Returns what was done.
     """
     source, manifest = open_checkpoint(path, "--megatron-path")
     model = source.folder / "hf" if model is None else model
@@ -266,7 +266,7 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
         "files": {f: [(t.name, t.dtype) for t in g] for f, g in written.items()},
     }
     temporary = out / INCOMPLETE
-    with journalled(temporary, plan, jobs, options.workers, meter):
+    with journalled(temporary, plan, jobs, options.workers, meter) as done:
         last = []  # a folder without these two is not taken for a model
         if n > 1:
             index = {t.name: file for file, group in written.items() for t in group}
@@ -280,7 +280,7 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
             shutil.copyfile(p, temporary / p.name)
         _publish(temporary, out, [*written, *(p.name for p in others), *last])
     source.close()
-    return f"exported {what}"
+    return f"exported {what}\n{done}"
 
 
 def _export_dtypes(source: Source, model: Path, manifest: Manifest, asked: str | None) -> dict[str, str]:

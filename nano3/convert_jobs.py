@@ -8,9 +8,11 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,12 +76,23 @@ def journal_of(temporary: Path) -> Path:
     return temporary.with_name(f"{temporary.name}.journal")
 
 
+@dataclass
+class Written:
+    """What `journalled` has written: the files' records, and how much this run wrote in which time."""
+
+    records: dict[str, Record]
+    bytes: int
+    start: float
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.start
+        return f"{self.bytes:,} bytes written in {seconds:.1f} s ({self.bytes / 1e9 / seconds:.2f} GB/s)"
+
+
 @contextmanager
-def journalled(
-    temporary: Path, plan: dict[str, Any], jobs: list[Job], workers: int, meter: Meter
-) -> Iterator[dict[str, Record]]:
+def journalled(temporary: Path, plan: dict[str, Any], jobs: list[Job], workers: int, meter: Meter) -> Iterator[Written]:
     """Write the jobs' files into the folder `temporary`, then run the body, which makes something whole of them, and
-    forget the journal.  Yields the files' records.
+    forget the journal.
 
     Files that an earlier run finished are recognised by plan, size and checksum, and are not written again.  Raises
     UserError if the disk refuses, or if another process works on the same.
@@ -97,8 +110,9 @@ def journalled(
             _check_space(temporary, sum(job.bytes for job in todo))
             meter.start(sum(job.bytes for job in jobs))
             meter.advance(sum(job.bytes for job in jobs if job.file in records))
+            written = Written(records, sum(job.bytes for job in todo), time.perf_counter())
             _run(todo, temporary, journal, records, workers, meter)
-            yield records
+            yield written
         journal_of(temporary).unlink()
     except OSError as error:
         raise UserError(f"{temporary.parent}: {reason(error)}; what is finished is kept, run again to go on") from None
