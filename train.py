@@ -37,12 +37,14 @@ def main() -> int:
         config, name = resolve(args)
         import torch  # after the command line is known to be sound: it takes seconds
 
-        from nano3.train.plan import check_fits, report, uses_bf16
+        from nano3.train.plan import check_fits, dry_run
 
         gpu = config.train.device != "cpu" and torch.cuda.is_available()
         device_type = "cuda" if gpu else "cpu"
         if args.dry_run:
-            print(report(config, name, world, uses_bf16(config, device_type)))
+            text = dry_run(config, name, args.world_size, device_type, ranks_here)
+            if rank == 0:
+                print(text)
             return 0
         check_fits(config, name, world, device_type, ranks_here)
         from nano3.parallel.layout import check_layout

@@ -2,10 +2,13 @@
 
 python -m benchmarks.kernels_moe            table at T = 8192 and 32768, one JSON line last
 python -m benchmarks.kernels_moe --check    errors against float64 over odd shapes, one line a case
-python -m benchmarks.kernels_moe --sweep    every tile worth trying for each product, T = 8192 (or --tokens)
+python -m benchmarks.kernels_moe --sweep    every tile worth trying for each product, T = 8192 (or --tokens), then the
+                                            block with rows gathered, rows copied, and the best of each product
 """
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -14,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Case, gpu_ms, print_json, print_table, run_cases
+from kernels import grouped_gemm_configs, grouped_gemm_rows, grouped_gemm_weights
 from kernels.grouped_gemm import experts, sort_by_expert
-from kernels.grouped_gemm_configs import Config, choose_configs
+from kernels.grouped_gemm_configs import HOPPER_COPY, HOPPER_GATHER, Config, choose_configs
 from kernels.grouped_gemm_rows import down_rows, down_rows_backward, up_rows, up_rows_backward
 from kernels.grouped_gemm_weights import weight_gradient
-from kernels.permute import plan_rows, sum_rows
+from kernels.permute import copy_rows, plan_rows, sum_rows
 from kernels.routing import expert_counts, route, route_reference
 
 D, HIDDEN, E, K = 2688, 1856, 128, 6
@@ -170,11 +174,16 @@ def check() -> bool:
         (129, D, HIDDEN, 16, 6, "few"), (129, 264, 136, 16, 22 // 4, "all"), (257, 100, 90, 40, 22, "all"),
         (300, 256, 192, 5, 1, "one"), (4097, 512, 320, 32, 22, "all"), (4097, D, HIDDEN, 16, 6, "one"),
     ]  # fmt: skip
-    for T, d, f, e, k, kind in shapes:
-        for dtype in (bf16, fp32):
-            name = f"experts T={T} D={d} F={f} E={e} K={k} {kind} {str(dtype)[6:]}"
+    default = grouped_gemm_configs.HOPPER
+    for way, dtype in ((HOPPER_GATHER, bf16), (HOPPER_COPY, bf16), (default, fp32)):  # fp32 has one way
+        grouped_gemm_configs.HOPPER = way
+        note = str(dtype)[6:] + (" copied" if way is HOPPER_COPY else "")
+        for T, d, f, e, k, kind in shapes:
+            name = f"experts T={T} D={d} F={f} E={e} K={k} {kind} {note}"
             report(name, partial(experts_verdict, T, d, f, e, k, dtype, kind))
-    report("experts T=8192 Nano bfloat16", partial(experts_verdict, 8192, D, HIDDEN, E, K, bf16, "all"))
+        if dtype == bf16:
+            report(f"experts T=8192 Nano {note}", partial(experts_verdict, 8192, D, HIDDEN, E, K, bf16, "all"))
+    grouped_gemm_configs.HOPPER = default
     return fine
 
 
@@ -233,25 +242,43 @@ def routing_cases(T: int) -> Iterator[Case]:
 
 
 class Products:
-    """Operands of the six grouped products at T tokens, and each product as a function of its tiles."""
+    """Operands of the six grouped products at T tokens, and each product as a function of its tiles.
+
+    With Config.copy a product reads rows that lie in expert order already: the copy is timed by itself.
+    """
 
     def __init__(self, T: int) -> None:
         x, weights, up, down, dy = inputs(T, D, HIDDEN, E, K, torch.bfloat16)
-        ids = self.ids = random_choices(T, K, E)
+        self.x, ids = x, random_choices(T, K, E)
         self.configs = configs = choose_configs(x, up, down)
-        order, place, self.tiles = plan_rows(ids, E, configs["up"].block_m)
-        self.place = place
-        hs = up_rows(x, weights, up, self.tiles, order, K, configs["up"])
-        dz, _ = down_rows_backward(dy, weights, hs, down, self.tiles, order, place, configs["dH"])
-        rows = self.rows = x[order.long() // K]
-        ends = self.tiles.offsets_E1[1:].contiguous()
-        self.ours: dict[str, Callable[..., Tensor]] = {
-            "up": lambda tiles, c: up_rows(x, weights, up, tiles, order, K, c),
-            "down": lambda tiles, c: down_rows(hs, down, tiles, c),
-            "dH": lambda tiles, c: down_rows_backward(dy, weights, hs, down, tiles, order, place, c)[0],
-            "dX": lambda tiles, c: up_rows_backward(dz, up, tiles, c),
-            "dup": lambda tiles, c: weight_gradient(x, dz, tiles, order, K, False, c),
-            "ddown": lambda tiles, c: weight_gradient(dy, hs, tiles, order, K, True, c),
+        order, place, tiles = plan_rows(ids, E, configs["up"].block_m)
+        self.place, self.token = place, order // K
+        weights_R = weights.flatten()[order.long()]
+        rows, dy_rows = self.rows, _ = copy_rows(x, place, T * K), copy_rows(dy, place, T * K)
+        gather, in_place = (order, K), (None, 0)
+
+        def up_(c: Config) -> Tensor:
+            return up_rows(rows if c.copy else x, weights_R, up, tiles, *(in_place if c.copy else gather), c)
+
+        hs = up_(configs["up"])
+
+        def dH(c: Config) -> Tensor:
+            where = in_place if c.copy else gather
+            return down_rows_backward(dy_rows if c.copy else dy, weights_R, hs, down, tiles, *where, c)[0]
+
+        dz = dH(configs["dH"])
+        ends = tiles.offsets_E1[1:].contiguous()
+        self.ours: dict[str, Callable[[Config], Tensor]] = {
+            "up": up_,
+            "down": lambda c: down_rows(hs, down, tiles, c),
+            "dH": dH,
+            "dX": lambda c: up_rows_backward(dz, up, tiles, c),
+            "dup": lambda c: weight_gradient(
+                rows if c.copy else x, dz, tiles, *(in_place if c.copy else gather), False, c
+            ),
+            "ddown": lambda c: weight_gradient(
+                dy_rows if c.copy else dy, hs, tiles, *(in_place if c.copy else gather), True, c
+            ),
         }
         operands = {  # of the bare product: torch has rows gathered, and gets no epilogue to do
             "up": (rows, up.mT),
@@ -270,12 +297,14 @@ def product_cases(T: int) -> Iterator[Case]:
     few, many_f, many_d = 2.0 * T * D, 2.0 * R * HIDDEN, 2.0 * R * D
     moved = {"up": few + many_f, "down": many_f + many_d, "dH": few + 2 * many_f, "dX": many_f + many_d}
     for name, f in p.ours.items():
-        aim = AIMS.get(T, {}).get("dW" if name in ("dup", "ddown") else name, "")
+        aim = AIMS.get(T, {}).get("dW" if name in WEIGHTS else name, "")
         yield Case(
-            name, f"T={T} E={E} K={K}", partial(f, p.tiles, p.configs[name]), {"grouped_mm": p.torch[name]},
+            name, f"T={T} E={E} K={K}", partial(f, p.configs[name]), {"grouped_mm": p.torch[name]},
             moved.get(name, few + many_f) + W, 2.0 * R * D * HIDDEN, aim=aim,
         )  # fmt: skip
     gather = {"gather + sum": lambda: p.rows[p.place.flatten()].unflatten(0, p.place.shape).sum(1)}
+    index = {"index_select": lambda: p.x.index_select(0, p.token)}
+    yield Case("copy of rows", f"T={T} K={K}", lambda: copy_rows(p.x, p.place, R), index, many_d + few)
     yield Case("sum of K rows", f"T={T} K={K}", lambda: sum_rows(p.rows, p.place), gather, many_d + few)
 
 
@@ -312,67 +341,116 @@ def cases(T: int) -> Iterator[Case]:
     yield from routing_cases(T)
 
 
-# M, N, K of the tile, warps, stages, programs per multiprocessor, one loop over tiles and steps, extra columns.
+# Beside HOPPER_GATHER and HOPPER_COPY.  Tiles are M, N, K, warps, stages, programs per multiprocessor, one loop over
+# tiles and steps.  All rows are cut into 128, so that any choice for the products makes one whole block.
 ROW_CONFIGS = [
-    Config(128, 128, 64, 8, 3, extra_n=64),
-    Config(128, 128, 64, 8, 4, extra_n=64),
-    Config(128, 128, 64, 8, 4, 1, False, extra_n=64),
-    Config(128, 256, 64, 8, 3),
-    Config(128, 256, 64, 8, 4),
+    Config(128, 256, 64, 8, 4, copy=True),
+    Config(128, 256, 64, 8, 3, copy=True, store=True),
+    Config(128, 256, 64, 8, 3, copy=True, store=True, split=2),
+    Config(128, 256, 64, 8, 4, 1, False, copy=True, store=True, split=2),
+    Config(128, 256, 64, 8, 3, 1, False, copy=True, store=True, split=2),
+    Config(128, 128, 64, 4, 3, 2, False, copy=True, store=True, split=2),
+    Config(128, 256, 64, 8, 4, store=True, split=2),
+    Config(128, 256, 64, 8, 3, store=True, split=2),
     Config(128, 256, 64, 8, 3, 1, False),
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 64, 8, 4),
-    Config(128, 128, 64, 4, 3, 2),
-    Config(128, 128, 64, 8, 3, 2, False),
-    Config(128, 128, 64, 4, 3, 2, False),
-    Config(128, 128, 128, 8, 2),
-    Config(64, 256, 64, 8, 4),
-    Config(64, 256, 64, 4, 3, 2),
-    Config(64, 128, 64, 4, 4, 2),
-    Config(256, 128, 64, 8, 3),
 ]
+WEIGHTS = ("dup", "ddown")
 WEIGHT_CONFIGS = [
-    Config(128, 128, 64, 8, 5, extra_n=64),
-    Config(128, 128, 64, 8, 3, extra_n=64),
-    Config(128, 128, 64, 8, 7, extra_n=64),
-    Config(128, 128, 32, 8, 7, extra_n=64),
-    Config(128, 128, 32, 8, 9, extra_n=64),
-    Config(128, 256, 64, 8, 5),
-    Config(256, 128, 64, 8, 5),
-    Config(128, 256, 64, 8, 3),
-    Config(256, 128, 64, 8, 3),
-    Config(128, 256, 32, 8, 5),
-    Config(256, 128, 32, 8, 5),
-    Config(128, 256, 32, 8, 7),
-    Config(256, 128, 32, 8, 7),
-    Config(128, 128, 64, 8, 5),
-    Config(128, 128, 64, 4, 3, 2),
-    Config(128, 128, 64, 4, 5, 2),
-    Config(128, 128, 32, 4, 7, 2),
+    Config(128, 256, 64, 8, 3, copy=True),
+    Config(128, 256, 64, 8, 3, copy=True, store=True),
+    Config(256, 128, 64, 8, 4, copy=True, store=True, split=2),
+    Config(256, 128, 64, 8, 3, copy=True, store=True),
+    Config(128, 256, 32, 8, 8, copy=True, store=True, split=2),
+    Config(128, 128, 64, 4, 3, 2, copy=True, store=True, split=2),
+    Config(128, 256, 64, 8, 5, store=True, split=2),
+    Config(256, 128, 64, 8, 5, store=True, split=2),
 ]
 
 
-def sweep(T: int) -> None:
-    """Times every configuration of every product; each must give what the default gives, to rounding."""
+def compiled(kernel: object, f: Callable[[], Tensor]) -> tuple[Tensor, str]:
+    """f's result, and the registers, spills and shared memory of what `kernel` was compiled to for it."""
+    launched, run = [], kernel.run
+    kernel.run = lambda *args, **options: launched.append(run(*args, **options))
+    try:
+        result = f()
+    finally:
+        del kernel.run  # the class has it
+    used = launched[-1]
+    return result, f"{used.n_regs} registers, {used.n_spills} spilled, {used.metadata.shared} B shared"
+
+
+def distance(got: Tensor, true: Tensor) -> float:
+    """Relative error (Euclidean), piece by piece: a copy of all weight gradients in fp32 would be large."""
+    wrong = size = 0.0
+    for g, t in zip(got.flatten(0, -2).split(1 << 14), true.flatten(0, -2).split(1 << 14), strict=True):
+        wrong += (g.float() - t.float()).square().sum().item()
+        size += t.float().square().sum().item()
+    return (wrong / size) ** 0.5
+
+
+def trial(name: str, f: Callable[[Config], Tensor], config: Config, true: Tensor, flops: float) -> tuple[float, str]:
+    """Milliseconds (infinite where it fails or is wrong), and a line that says so.  Raises nothing."""
+    tile, options = config[:5], list(config._asdict().items())[5:]
+    shown = " ".join([*map(str, tile), *(f"{k}={v}" for k, v in options if v != Config._field_defaults[k])])
+    try:
+        kernel = grouped_gemm_weights._weights_kernel if name in WEIGHTS else grouped_gemm_rows._rows_kernel
+        got, used = compiled(kernel, partial(f, config))
+        error = distance(got, true)
+        del got
+        ms = gpu_ms(partial(f, config), budget_s=0.1)
+        wrong = "" if error < 0.01 else "WRONG "  # NaN is not <
+        line = f"{name:5} {ms:.3f} ms {flops / ms / 1e9:5.0f} TFLOP/s  {wrong}{error:.1e}  {shown}  ({used})"
+        return float("inf") if wrong else ms, line
+    except Exception as reason:
+        return float("inf"), f"{name:5} {shown}: {type(reason).__name__} {str(reason)[:120]}"
+
+
+def gpu_is_lost() -> bool:
+    """Whether an earlier kernel did what no later call in this process recovers from (an illegal address)."""
+    try:
+        torch.cuda.synchronize()
+        return False
+    except RuntimeError:
+        return True
+
+
+def sweep(T: int, after: int = 0) -> None:
+    """Times every configuration of every product, best first; each must give what HOPPER_GATHER gives, to rounding.
+
+    after: how many to leave out, since a lost GPU starts the program anew behind the configuration that lost it.
+    """
     p = Products(T)
-    flops = 2.0 * T * K * D * HIDDEN
+    best, number = dict(HOPPER_GATHER), 0
     for name, f in p.ours.items():
-        default, found = p.configs[name], []
-        true = f(p.tiles, default)
-        for config in dict.fromkeys([default, *(WEIGHT_CONFIGS if name in ("dup", "ddown") else ROW_CONFIGS)]):
-            same_rows = name in ("dup", "ddown") or config.block_m == p.tiles.block
-            tiles = p.tiles if same_rows else plan_rows(p.ids, E, config.block_m).tiles
-            try:
-                got = f(tiles, config)
-                error = ((got.float() - true.float()).norm() / true.float().norm()).item()
-                del got
-                found.append((gpu_ms(partial(f, tiles, config), budget_s=0.1), error, config))
-            except Exception as reason:
-                print(f"{name:5} {tuple(config)}: {type(reason).__name__} {str(reason)[:80]}", flush=True)
-        for ms, error, config in sorted(found, key=lambda r: r[0]):
-            rate = f"{name:5} {ms:.3f} ms {flops / ms / 1e9:5.0f} TFLOP/s"
-            wrong = "" if error < 0.01 else "WRONG "  # NaN is not <
-            print(f"{rate}  {wrong}{error:.1e}  {tuple(config)}{'  <- default' * (config == default)}", flush=True)
+        true, found = f(HOPPER_GATHER[name]), []
+        configs = [HOPPER_GATHER[name], HOPPER_COPY[name], *(WEIGHT_CONFIGS if name in WEIGHTS else ROW_CONFIGS)]
+        if name in ("down", "dX"):  # which gather nothing
+            configs = [c._replace(copy=False) for c in configs]
+        for config in dict.fromkeys(configs):
+            number += 1
+            if number <= after:
+                continue
+            ms, line = trial(name, f, config, true, 2.0 * T * K * D * HIDDEN)
+            found.append((ms, line, config))
+            if gpu_is_lost():
+                print(line, "THE GPU WAS LOST", *(line for _, line, _ in found[:-1]), sep="\n", flush=True)
+                again = ["-m", "benchmarks.kernels_moe", "--sweep", "--tokens", str(T), "--after", str(number)]
+                os.execv(sys.executable, [sys.executable, *again])
+        found.sort(key=lambda r: r[0])
+        print(*(line for _, line, _ in found), sep="\n", flush=True)
+        if found and found[0][0] < float("inf"):
+            best[name] = found[0][2]
+        del true
+    print(f"copy  {gpu_ms(partial(copy_rows, p.x, p.place, T * K), budget_s=0.1):.3f} ms, of x or of dy")
+    del p, f
+    for label, chosen in (("gathered", HOPPER_GATHER), ("copied", HOPPER_COPY), ("best of each", best)):
+        grouped_gemm_configs.HOPPER = chosen
+        try:
+            forward, both = (gpu_ms(case.ours, budget_s=0.2) for case in block_cases(T))
+            print(f"block {label}: forward {forward:.3f} ms, forward + backward {both:.3f} ms", flush=True)
+        except Exception as reason:
+            print(f"block {label}: {type(reason).__name__} {str(reason)[:120]}", flush=True)
+    print(*(f"best  {name}: {tuple(config)}" for name, config in best.items()), sep="\n")
 
 
 def main() -> list[dict]:
@@ -380,12 +458,13 @@ def main() -> list[dict]:
     parser.add_argument("--check", action="store_true", help="only compare with float64")
     parser.add_argument("--sweep", action="store_true", help="only time every configuration")
     parser.add_argument("--tokens", type=int, nargs="+", default=None)
+    parser.add_argument("--after", type=int, default=0, help="leave out the first configurations of the sweep")
     args = parser.parse_args()
     if args.check:
         raise SystemExit(0 if check() else 1)
     if args.sweep:
         for T in args.tokens or [8192]:
-            sweep(T)
+            sweep(T, args.after)
         return []
     records = []
     for T in args.tokens or [8192, 32768]:

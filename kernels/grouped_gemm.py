@@ -2,7 +2,8 @@
 
 Rows are ordered by expert, each expert multiplies its slice, and each token gathers its K results back: no capacity, no
 dropped token, no atomics, so equal inputs give equal bits.  On a GPU the order is only ever a table of integers
-(permute.py): the products read the rows of x where they lie, and nothing is asked of the host.
+(permute.py), and nothing is asked of the host.  The products read the rows of x where they lie, or a copy in expert
+order, whichever is faster (grouped_gemm_configs.py): a copy costs one pass over memory, but TMA can read it.
 
 The kernels save one tensor, hs = w relu(z)^2 with z = up_e x: it is what the down projection reads, what its weight
 gradient reads, and it contains relu(z) = sqrt(hs / w).  So a row costs F elements instead of the 2 F of z and its
@@ -23,9 +24,15 @@ from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
     from kernels.grouped_gemm_configs import aligned, choose_configs
-    from kernels.grouped_gemm_rows import down_rows, down_rows_backward, up_rows, up_rows_backward
+    from kernels.grouped_gemm_rows import (
+        down_rows,
+        down_rows_backward,
+        routing_weight_gradients,
+        up_rows,
+        up_rows_backward,
+    )
     from kernels.grouped_gemm_weights import weight_gradient
-    from kernels.permute import Tiles, plan_rows, sum_rows, tiles_from_counts, zero_tail
+    from kernels.permute import Tiles, copy_rows, plan_rows, sum_rows, tiles_from_counts, zero_tail
 
 
 def experts_reference(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
@@ -102,6 +109,15 @@ def _mlp_torch(rows_RD: Tensor, weights_R: Tensor, counts_E: Tensor, up_EFD: Ten
     return torch.cat([*out, rows_RD.new_zeros(rest, down_EDF.shape[1])])
 
 
+def _find_rows(x: Tensor, order: Tensor | None, place: Tensor | None, copy: bool) -> tuple[Tensor, Tensor | None, int]:
+    """x, order and K as a product takes them: rows in place have no order and K = 0."""
+    if place is None:
+        return x, None, 0
+    if copy:
+        return copy_rows(x, place, order.numel()), None, 0
+    return x, order, place.shape[1]
+
+
 class _Experts(torch.autograd.Function):
     """The whole block.  order and place None: x is rows in expert order, one weight each, and so is the result."""
 
@@ -117,27 +133,36 @@ class _Experts(torch.autograd.Function):
         tiles: "Tiles",
         grads: tuple[Tensor | None, Tensor | None],
     ) -> Tensor:
-        top_k = 1 if place is None else place.shape[1]
         configs = choose_configs(x, up, down)
-        hs = up_rows(x, weights, up, tiles, order, top_k, configs["up"])  # (R, F)
+        weights_R = weights.flatten() if order is None else weights.flatten().index_select(0, order)
+        x_rows, *where = _find_rows(x, order, place, configs["up"].copy)
+        hs = up_rows(x_rows, weights_R, up, tiles, *where, configs["up"])  # (R, F)
+        del x_rows  # before the next buffer of its size
         rows = down_rows(hs, down, tiles, configs["down"])  # (R, D)
         if place is None:
             zero_tail(hs, tiles, tiles.block)
             zero_tail(rows, tiles)
-        ctx.save_for_backward(x, weights, up, down, order, place, hs, *tiles[:3])
-        ctx.block, ctx.top_k, ctx.configs, ctx.grads = tiles.block, top_k, configs, grads
+        ctx.save_for_backward(x, weights, weights_R, up, down, order, place, hs, *tiles[:3])
+        ctx.block, ctx.configs, ctx.grads = tiles.block, configs, grads
         return rows if place is None else sum_rows(rows, place)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, up, down, order, place, hs, *tables = ctx.saved_tensors
+        x, weights, weights_R, up, down, order, place, hs, *tables = ctx.saved_tensors
         tiles = Tiles(*tables, ctx.block)
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
         (up_grad, down_grad), configs = ctx.grads, ctx.configs
         dx = dweights = dup = ddown = None
         dy = dy.contiguous()
+        found = {copy: _find_rows(dy, order, place, copy) for copy in {configs["ddown"].copy, configs["dH"].copy}}
+        if need_down:
+            dy_rows, *where = found[configs["ddown"].copy]
+            ddown = weight_gradient(dy_rows, hs, tiles, *where, True, configs["ddown"], down_grad)
         if need_x or need_weights or need_up:
-            dz, dweights = down_rows_backward(dy, weights, hs, down, tiles, order, place, configs["dH"])
+            dy_rows, *where = found[configs["dH"].copy]
+            dz, part = down_rows_backward(dy_rows, weights_R, hs, down, tiles, *where, configs["dH"])
+            dweights = routing_weight_gradients(part, weights, place, tiles)
+            del dy_rows, found
             if place is None:
                 zero_tail(dz, tiles, tiles.block)
             if need_x:
@@ -147,9 +172,8 @@ class _Experts(torch.autograd.Function):
                 else:
                     dx = sum_rows(dx, place)
             if need_up:
-                dup = weight_gradient(x, dz, tiles, order, ctx.top_k, False, configs["dup"], up_grad)
-        if need_down:
-            ddown = weight_gradient(dy, hs, tiles, order, ctx.top_k, True, configs["ddown"], down_grad)
+                x_rows, *where = _find_rows(x, order, place, configs["dup"].copy)
+                dup = weight_gradient(x_rows, dz, tiles, *where, False, configs["dup"], up_grad)
         return (
             dx,
             dweights if need_weights else None,

@@ -8,6 +8,7 @@
 One kernel.  The programs stay resident and walk the tiles expert by expert, rows fastest: a slab of weights is read
 from memory once and then comes from L2 for the expert's other row tiles.  Gathered rows are read where they lie, by
 pointers; weights and rows in place come through tensor descriptors (TMA) where alignment allows, else by pointers too.
+Rows that were copied into expert order first (Config.copy) are rows in place.
 
 dH needs relu(z), which nothing saved: hs = w relu(z)^2 has it.  2 w relu(z) = 2 sign(w) sqrt(w hs), exact even at w = 0
 (where dz = 0), and the square root halves the relative error of a rounded hs.
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.grouped_gemm_configs import Config, describe, resident_programs
+from kernels.grouped_gemm_ragged import describe_ragged, halves, load_ragged, store_ragged
 from kernels.permute import Tiles
 
 PLAIN, RELU2, DRELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -53,7 +55,7 @@ def _load_b(
 
 @triton.jit
 def _finish(
-    acc, out_ptr, hs_ptr, w, row0, live, n0,
+    acc, out_ptr, out_desc, hs_ptr, hs_desc, w, row0, end, live, n0,
     N: tl.constexpr, EPILOGUE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Epilogue and store of one accumulator; returns g . hs per row for DRELU2."""
@@ -66,22 +68,29 @@ def _finish(
         z = tl.maximum(acc, 0.0)
         acc = z * z * w[:, None]
     if EPILOGUE == DRELU2:
-        hs = tl.load(hs_ptr + row0.to(tl.int64) * N + where, mask=mask, other=0.0).to(tl.float32)
+        if hs_desc is None:
+            hs = tl.load(hs_ptr + row0.to(tl.int64) * N + where, mask=mask, other=0.0).to(tl.float32)
+        else:
+            hs = load_ragged(hs_desc, end, row0, n0, BLOCK_M, BLOCK).to(tl.float32)
         dot = tl.sum(acc * hs, 1)
         sign = tl.where(w < 0, -2.0, 2.0)
         acc *= sign[:, None] * tl.sqrt(hs * w[:, None])
-    tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    out = acc.to(out_ptr.dtype.element_ty)
+    if out_desc is None:
+        tl.store(out_ptr + where, out, mask=mask)
+    else:
+        store_ragged(out_desc, end, row0, n0, out, BLOCK_M, BLOCK)
     return dot
 
 
 @triton.jit
 def _rows_kernel(
-    a_ptr, a_desc, b_ptr, b_desc, extra_desc, out_ptr, order_ptr, w_ptr, hs_ptr, part_ptr,
+    a_ptr, a_desc, b_ptr, b_desc, extra_desc, out_ptr, out_desc, order_ptr, w_ptr, hs_ptr, hs_desc, part_ptr,
     offsets_ptr, start_ptr, tile_expert_ptr, R, a_stride,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
-    GATHER: tl.constexpr, B_IS_NK: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr, EPILOGUE: tl.constexpr,
-    PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    GATHER: tl.constexpr, B_IS_NK: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
+    EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile.  a (R or T, K), b (E, N, K) or (E, K, N), out hs (R, N), w, order (R,).
 
@@ -126,11 +135,22 @@ def _rows_kernel(
         live = rows < end
         w = tl.zeros([BLOCK_M], tl.float32)
         if EPILOGUE != PLAIN:
-            choice = tl.load(order_ptr + rows, mask=live, other=0) if GATHER else rows
-            w = tl.load(w_ptr + choice, mask=live, other=0.0).to(tl.float32)
-        dot = _finish(acc, out_ptr, hs_ptr, w, row0, live, n0, N, EPILOGUE, BLOCK_M, BLOCK_N)
+            w = tl.load(w_ptr + rows, mask=live, other=0.0).to(tl.float32)
+        if SPLIT == 1:
+            dot = _finish(
+                acc, out_ptr, out_desc, hs_ptr, hs_desc, w, row0, end, live, n0, N, EPILOGUE, BLOCK_M, BLOCK_N
+            )
+        else:
+            HALF: tl.constexpr = BLOCK_N // 2
+            first, second = halves(acc, BLOCK_M, BLOCK_N)
+            dot = _finish(first, out_ptr, out_desc, hs_ptr, hs_desc, w, row0, end, live, n0, N, EPILOGUE, BLOCK_M, HALF)
+            dot += _finish(
+                second, out_ptr, out_desc, hs_ptr, hs_desc, w, row0, end, live, n0 + HALF, N, EPILOGUE, BLOCK_M, HALF
+            )
         if EXTRA_N > 0:
-            dot += _finish(extra, out_ptr, hs_ptr, w, row0, live, n0 + BLOCK_N, N, EPILOGUE, BLOCK_M, EXTRA_N)
+            dot += _finish(
+                extra, out_ptr, None, hs_ptr, None, w, row0, end, live, n0 + BLOCK_N, N, EPILOGUE, BLOCK_M, EXTRA_N
+            )
         if EPILOGUE == DRELU2:
             tl.store(part_ptr + (n0 // WIDTH).to(tl.int64) * R + rows, dot, mask=live)
 
@@ -163,70 +183,78 @@ def _multiply(
     b_is_nk: bool,
     tiles: Tiles,
     order: Tensor | None,
-    gathered: bool,
     top_k: int,
     epilogue: tl.constexpr,
     w: Tensor | None = None,
     hs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    """out (R, N) and, for DRELU2, the parts of g . hs.  top_k: K where row r of the product is row order_r // K of a; 0
+    where a has the R rows in place.
+    """
     E, N, K = b.shape if b_is_nk else (b.shape[0], b.shape[2], b.shape[1])
     R = a.shape[0] if order is None else order.numel()
     out = torch.empty(R, N, dtype=a.dtype, device=a.device)
     n_tiles = triton.cdiv(N, c.block_n + c.extra_n)
     part = torch.empty(n_tiles, R, dtype=torch.float32, device=a.device) if epilogue is DRELU2 else None
-    a_desc = None if gathered else describe(a, c.block_m, c.block_k)
+    a_desc = None if top_k else describe(a, c.block_m, c.block_k)
+    out_desc, hs_desc = (
+        describe_ragged(t, c.block_m, c.block_n // c.split) if c.store and t is not None else None for t in (out, hs)
+    )
     b_desc, extra_desc = (
         describe(b, *((width, c.block_k) if b_is_nk else (c.block_k, width))) if width else None
         for width in (c.block_n, c.extra_n)
     )
     programs = min(resident_programs(a, c.per_sm), tiles.tile_expert.numel() * n_tiles)
     _rows_kernel[(programs,)](
-        a, a_desc, b, b_desc, extra_desc, out, order, w, hs, part, *tiles[:3], R, a.stride(0),
-        E=E, K=K, N=N, TOP_K=top_k, GATHER=gathered and order is not None, B_IS_NK=b_is_nk,
+        a, a_desc, b, b_desc, extra_desc, out, out_desc, order, w, hs, hs_desc, part, *tiles[:3], R, a.stride(0),
+        E=E, K=K, N=N, TOP_K=top_k, GATHER=top_k > 0, B_IS_NK=b_is_nk,
         A_TMA=a_desc is not None, B_TMA=b_desc is not None, EPILOGUE=epilogue,
         PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
-        BLOCK_K=c.block_k, num_warps=c.warps, num_stages=c.stages,
+        BLOCK_K=c.block_k, SPLIT=c.split, num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out, part
 
 
 def up_rows(
-    x: Tensor, weights: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
+    x: Tensor, weights_R: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
 ) -> Tensor:
-    """hs (R, F).  weights: (T, K), read by choice (or (R,), by row, without an order)."""
-    return _multiply(config, x, up, True, tiles, order, True, top_k, RELU2, weights)[0]
+    """hs (R, F).  x: (T, D), or with top_k = 0 (R, D)."""
+    return _multiply(config, x, up, True, tiles, order, top_k, RELU2, weights_R)[0]
 
 
 def down_rows(hs: Tensor, down: Tensor, tiles: Tiles, config: Config) -> Tensor:
     """y (R, D), in expert order, not yet summed by token."""
-    return _multiply(config, hs, down, True, tiles, None, False, 1, PLAIN)[0]
+    return _multiply(config, hs, down, True, tiles, None, 0, PLAIN)[0]
 
 
 def down_rows_backward(
     dy: Tensor,
-    weights: Tensor,
+    weights_R: Tensor,
     hs: Tensor,
     down: Tensor,
     tiles: Tiles,
     order: Tensor | None,
-    place: Tensor | None,
+    top_k: int,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """dz (R, F) of z = up x, and the gradient of the routing weights.
+    """dz (R, F) of z = up x, and what routing_weight_gradients sums.  dy: (T, D), or with top_k = 0 (R, D).
 
     With g = down^T dy:  dz = 2 w relu(z) g,  dw = sum_F g relu(z)^2.
     """
-    top_k = 1 if place is None else place.shape[1]
-    dz, part = _multiply(config, dy, down, False, tiles, order, True, top_k, DRELU2, weights, hs)
+    return _multiply(config, dy, down, False, tiles, order, top_k, DRELU2, weights_R, hs)
+
+
+def routing_weight_gradients(part: Tensor, weights: Tensor, place: Tensor | None, tiles: Tiles) -> Tensor:
+    """The gradient of the routing weights, (T, K), or without places (R,), from the parts of g . hs."""
     dweights = torch.empty_like(weights)
     choices = weights.numel()
     _weight_grad_kernel[(triton.cdiv(choices, 128),)](
         part, weights, place, tiles.offsets_E1[-1:], dweights, choices, part.shape[1], part.shape[0],
         HAS_PLACE=place is not None, BLOCK=128,
     )  # fmt: skip
-    return dz, dweights
+    return dweights
 
 
 def up_rows_backward(dz: Tensor, up: Tensor, tiles: Tiles, config: Config) -> Tensor:
     """dx (R, D) = dz up, in expert order, not yet summed by token."""
-    return _multiply(config, dz, up, False, tiles, None, False, 1, PLAIN)[0]
+    return _multiply(config, dz, up, False, tiles, None, 0, PLAIN)[0]

@@ -8,6 +8,8 @@ next overlap.  The gathered rows are masked to zero past the expert's end, and t
 finite numbers they hold there are multiplied by zero.  An expert without rows gets zeros.  The result can be added to a
 given buffer instead (fp32 or 16 bit): gradients of several micro-batches are summed without a second pass.
 
+Rows that were copied into expert order first come by TMA like the others (grouped_gemm_ragged.py gives the zeros).
+
 Suffixes: R rows in expert order, E experts, M x N the shape of one expert's matrix.
 """
 
@@ -16,16 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.grouped_gemm_configs import Config, describe, resident_programs
+from kernels.grouped_gemm_configs import Config, describe, describe_matrices, resident_programs
+from kernels.grouped_gemm_ragged import describe_ragged, halves, load_ragged
 from kernels.permute import Tiles
 
 
 @triton.jit
-def _load_gathered(ptr, token, live, col0, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK_K, BLOCK] of the gathered operand, zero where `live` is not."""
-    cols = col0 + tl.arange(0, BLOCK)
-    ptrs = ptr + token.to(tl.int64)[:, None] * stride + cols[None, :]
-    return tl.load(ptrs, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+def _load_gathered(
+    ptr, desc, k, end, token, live, col0, stride,
+    WIDTH: tl.constexpr, TMA: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_K, BLOCK] of the gathered operand, zero from row `end` on."""
+    if TMA:
+        x = load_ragged(desc, end, k, col0, BLOCK_K, BLOCK)
+    else:
+        cols = col0 + tl.arange(0, BLOCK)
+        ptrs = ptr + token.to(tl.int64)[:, None] * stride + cols[None, :]
+        x = tl.load(ptrs, mask=live[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    return x
 
 
 @triton.jit
@@ -42,8 +52,8 @@ def _load_fixed(ptr, desc, row0, rows, live, col0, WIDTH: tl.constexpr, TMA: tl.
 
 @triton.jit
 def _store(
-    acc, out_ptr, e, m0, n0, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    acc, out_ptr, out_desc, e, m0, n0, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, BLOCK_M)
     cols = n0 + tl.arange(0, BLOCK_N)
@@ -52,15 +62,20 @@ def _store(
     ptrs = out_ptr + (tl.cast(e, tl.int64) * M + m0) * N + (rows[:, None] * N + cols[None, :])
     if ACCUMULATE:
         acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    out = acc.to(out_ptr.dtype.element_ty)
+    if out_desc is None:
+        tl.store(ptrs, out, mask=mask)
+    else:
+        out_desc.store([e, m0, n0], tl.reshape(out, [1, BLOCK_M, BLOCK_N]))
 
 
 @triton.jit
 def _weights_kernel(
-    gathered_ptr, fixed_ptr, fixed_desc, extra_desc, out_ptr, order_ptr, offsets_ptr, stride,
+    gathered_ptr, gathered_desc, fixed_ptr, fixed_desc, extra_desc, out_ptr, out_desc, order_ptr, offsets_ptr, stride,
     E: tl.constexpr, E_PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
     GATHER: tl.constexpr, LEFT: tl.constexpr, TMA: tl.constexpr, ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile of out (E, M, N).  LEFT: the gathered operand gives the M rows of out.
 
@@ -70,6 +85,7 @@ def _weights_kernel(
     One loop runs over all steps of all its tiles, so that loads run ahead across the end of a tile.  The tiles differ
     in length: an expert of n rows takes ceil(n / BLOCK_K) steps; one without rows a single step, with all masked.
     """
+    COPIED: tl.constexpr = gathered_desc is not None
     M_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     N_TILES: tl.constexpr = (N + BLOCK_N + EXTRA_N - 1) // (BLOCK_N + EXTRA_N)
     TILES: tl.constexpr = M_TILES * N_TILES
@@ -108,23 +124,35 @@ def _weights_kernel(
         rows = k + ks
         token = tl.load(order_ptr + rows, mask=live, other=0) // TOP_K if GATHER else rows
         if LEFT:
-            left = _load_gathered(gathered_ptr, token, live, m0, stride, M, BLOCK_M)
+            left = _load_gathered(
+                gathered_ptr, gathered_desc, k, end, token, live, m0, stride, M, COPIED, BLOCK_M, BLOCK_K
+            )
             right = _load_fixed(fixed_ptr, fixed_desc, k, rows, live, n0, N, TMA, BLOCK_N)
         else:
             left = _load_fixed(fixed_ptr, fixed_desc, k, rows, live, m0, M, TMA, BLOCK_M)
-            right = _load_gathered(gathered_ptr, token, live, n0, stride, N, BLOCK_N)
+            right = _load_gathered(
+                gathered_ptr, gathered_desc, k, end, token, live, n0, stride, N, COPIED, BLOCK_N, BLOCK_K
+            )
         acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
         if EXTRA_N > 0:
             if LEFT:
                 right = _load_fixed(fixed_ptr, extra_desc, k, rows, live, n0 + BLOCK_N, N, TMA, EXTRA_N)
             else:
-                right = _load_gathered(gathered_ptr, token, live, n0 + BLOCK_N, stride, N, EXTRA_N)
+                right = _load_gathered(
+                    gathered_ptr, None, k, end, token, live, n0 + BLOCK_N, stride, N, False, EXTRA_N, BLOCK_K
+                )
             extra = tl.dot(left.T, right, extra, input_precision=PRECISION)
         if k + BLOCK_K >= end:
-            _store(acc, out_ptr, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, BLOCK_N)
+            if SPLIT == 1:
+                _store(acc, out_ptr, out_desc, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, BLOCK_N)
+            else:
+                HALF: tl.constexpr = BLOCK_N // 2
+                first, second = halves(acc, BLOCK_M, BLOCK_N)
+                _store(first, out_ptr, out_desc, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, HALF)
+                _store(second, out_ptr, out_desc, e, m0, n0 + HALF, M, N, ACCUMULATE, BLOCK_M, HALF)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if EXTRA_N > 0:
-                _store(extra, out_ptr, e, m0, n0 + BLOCK_N, M, N, ACCUMULATE, BLOCK_M, EXTRA_N)
+                _store(extra, out_ptr, None, e, m0, n0 + BLOCK_N, M, N, ACCUMULATE, BLOCK_M, EXTRA_N)
                 extra = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
 
 
@@ -140,24 +168,33 @@ def weight_gradient(
 ) -> Tensor:
     """(E, M, N) in the operands' dtype, or the same added to `buffer`, which is returned.
 
-    gathered: (T, width), whose row order_r // K goes with row r of fixed (R, width); order None: row r itself.
+    gathered: (T, width), whose row order_r // K goes with row r of fixed (R, width); order None: row r itself, as after
+    copy_rows, which the configurations with `copy` expect.
     left: the gathered operand gives M, otherwise N.
     """
     E = tiles.offsets_E1.numel() - 1
-    if buffer is not None and buffer.element_size() == 4 and c.extra_n and gathered.element_size() == 2:
-        c = c._replace(extra_n=0)  # reading fp32 beside the accumulators of the wider tile spills
+    if buffer is not None and gathered.element_size() == 2:
+        # The sum so far passes through shared memory in fp32, half a tile at a time, and through registers beside the
+        # accumulators: there is no room for extra columns, for a fourth stage of all-TMA loads or for a TMA store.
+        stages = min(c.stages, 3) if c.copy else c.stages
+        c = c._replace(extra_n=0, stages=stages, store=False, split=2)
     M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
     out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
     desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)
     extra_desc = describe(fixed, c.block_k, c.extra_n) if left else None
+    gathered_desc = (
+        describe_ragged(gathered, c.block_k, c.block_m if left else c.block_n) if c.copy and order is None else None
+    )
+    out_desc = describe_matrices(out, c.block_m, c.block_n // c.split) if c.store else None
     tiles_per_expert = triton.cdiv(M, c.block_m) * triton.cdiv(N, c.block_n + c.extra_n)
-    stages = c.stages if order is not None else (c.stages + 1) // 2  # no row numbers to read ahead of the rows
+    # Without row numbers to read ahead of the rows, half the stages hold as much data.
+    stages = c.stages if c.copy or order is not None else (c.stages + 1) // 2
     programs = min(resident_programs(gathered, c.per_sm), E * tiles_per_expert)
     _weights_kernel[(programs,)](
-        gathered, fixed, desc, extra_desc, out, order, tiles.offsets_E1, gathered.stride(0),
+        gathered, gathered_desc, fixed, desc, extra_desc, out, out_desc, order, tiles.offsets_E1, gathered.stride(0),
         E=E, E_PAD=triton.next_power_of_2(E), M=M, N=N, TOP_K=top_k, GATHER=order is not None, LEFT=left,
         TMA=desc is not None, ACCUMULATE=buffer is not None, PRECISION="ieee",
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
-        BLOCK_K=c.block_k, num_warps=c.warps, num_stages=stages,
+        BLOCK_K=c.block_k, SPLIT=c.split, num_warps=c.warps, num_stages=stages,
     )  # fmt: skip
     return out

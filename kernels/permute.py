@@ -214,6 +214,28 @@ def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
 
 
 @triton.jit
+def _copy_rows_kernel(x_ptr, place_ptr, rows_ptr, stride, D: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: rows[place_tk] = x_t for each k with a place.  x (T, D) with a row stride, rows (R, D)."""
+    t = tl.program_id(0).to(tl.int64)
+    for d in range(0, D, BLOCK):
+        cols = d + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + t * stride + cols, mask=cols < D, other=0.0)
+        for k in tl.static_range(K):
+            row = tl.load(place_ptr + t * K + k).to(tl.int64)
+            tl.store(rows_ptr + row * D + cols, x, mask=cols < tl.where(row < 0, 0, D))
+
+
+def copy_rows(x_TD: Tensor, place_TK: Tensor, R: int) -> Tensor:
+    """The tokens' rows in expert order, (R, D).  Reads x once and moves T D + R D elements: bandwidth-bound."""
+    T, K = place_TK.shape
+    D = x_TD.shape[1]
+    rows = torch.empty(R, D, dtype=x_TD.dtype, device=x_TD.device)
+    block = min(ROW_BLOCK, triton.next_power_of_2(D))
+    _copy_rows_kernel[(T,)](x_TD, place_TK, rows, x_TD.stride(0), D, K, BLOCK=block, num_warps=4)
+    return rows
+
+
+@triton.jit
 def _zero_tail_kernel(x_ptr, end_ptr, R, width, limit, WIDTH: tl.constexpr):
     """One program: zeroes one row of those that follow the last expert's, at most `limit` of them.  x (R, width)."""
     end = tl.load(end_ptr)

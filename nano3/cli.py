@@ -39,8 +39,16 @@ def parser() -> argparse.ArgumentParser:
         "--config-file", metavar="YAML", help="settings laid over the preset, e.g. the config.yaml of an earlier run"
     )
     p.add_argument("--tokenizer-model", metavar="PATH", help="'bytes', a Hugging Face folder, or a tokenizer.json")
+    p.add_argument(
+        "--resume-from-last-good",
+        action="store_true",
+        help="if checkpoint.load is damaged, take the newest checkpoint beside it that is not",
+    )
     p.add_argument("--seq-length", metavar="N", help="tokens per sequence")
-    p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, then stop")
+    p.add_argument(
+        "--dry-run", action="store_true", help="print parameters, memory and messages of each rank, then stop; no GPU"
+    )
+    p.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for, with --dry-run")
     p.add_argument("overrides", nargs="*", metavar="section.key=value")
     return p
 
@@ -49,12 +57,15 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
     """The validated configuration and the name of its preset.  Raises UserError."""
     if args.mode == "finetune":
         raise UserError("--mode finetune is not available in this version; --mode pretrain is")
+    if args.world_size is not None:
+        _check_world_size(args)
     name = args.preset or DEFAULT
     if name not in PRESETS:
         raise UserError(
             f"--preset {name}: there is no such preset{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
         )
     flags = {"tokenizer.tokenizer_model": args.tokenizer_model, "dataset.seq_length": args.seq_length}
+    flags["checkpoint.resume_from_last_good"] = args.resume_from_last_good or None
     layers = [
         (f"preset {name}", PRESETS[name]),
         (args.config_file or "", read_yaml(args.config_file) if args.config_file else {}),
@@ -68,6 +79,17 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
     config = OmegaConf.to_object(node)
     validate(config)
     return config, name
+
+
+def _check_world_size(args: argparse.Namespace) -> None:
+    n = args.world_size
+    if not args.dry_run:
+        raise UserError(
+            f"--world-size {n} says what --dry-run plans for; a run has the ranks that torchrun starts: "
+            f"torchrun --nproc-per-node={n} train.py ..., or add --dry-run"
+        )
+    if n < 1:
+        raise UserError(f"--world-size {n} must be at least 1")
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -155,14 +177,23 @@ def validate(config: Config) -> None:
         ("validation", "eval_iters"),
         ("validation", "sample_tokens"),
         ("checkpoint", "save_interval"),
+        ("dataset", "num_workers"),
         ("rng", "seed"),
         *(("optimizer", k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")),
     ]:
         _at_least(config, section, key, 0)
-    for key in ("tp", "ep", "pp", "cp"):
+    for key in ("tp", "ep", "pp", "cp", "virtual_pp"):
         _at_least(config, "parallel", key, 1)
     if t.micro_batch_size is not None:
         _at_least(config, "train", "micro_batch_size", 1)
+    k = config.checkpoint.most_recent_k
+    if k == 0 or k < -1:
+        raise UserError(f"checkpoint.most_recent_k={k} would keep nothing; use 1 or more, or -1 to keep all")
+    if config.checkpoint.load is not None and config.checkpoint.pretrained_checkpoint is not None:
+        raise UserError(
+            f"checkpoint.load={config.checkpoint.load} resumes a run and checkpoint.pretrained_checkpoint="
+            f"{config.checkpoint.pretrained_checkpoint} starts a new one; give one of them"
+        )
     if d.seq_length < 2:
         raise UserError(
             f"dataset.seq_length={d.seq_length}: a sequence needs at least 2 tokens (one to see, one to predict)"

@@ -295,6 +295,7 @@ class SchedulerConfig:
 class DatasetConfig:
     name: str = "mock"  # embedded: the standard library's source text; mock: a pattern in token ids
     seq_length: int = 8192  # tokens
+    num_workers: int = 0  # processes that make batches ahead of time
 
 
 @dataclass(kw_only=True)

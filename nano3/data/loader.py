@@ -1,17 +1,20 @@
 """From samples to the micro-batches of one rank.
 
 A global batch is samples [first, first + batch), whatever the number of ranks; rank r of dp takes the r-th equal
-slice of it, in micro-batches.
+slice of it, in micro-batches.  So the content of a batch is a function of (seed, samples seen) alone, and a run goes on
+anywhere without reading what came before.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from nano3.data.corpus import Dataset
 
@@ -22,18 +25,80 @@ class Batch(NamedTuple):
     tokens: Tensor
     labels: Tensor  # labels[:, t] follows tokens[:, t]
     seq_idx: Tensor | None = None  # the document of each token of packed rows
+    real: Tensor | None = None  # bool: False for padding, which then enters no loss, no count and no balance term
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if t is None else t.to(device) for t in self))
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+
+    def pin_memory(self) -> Batch:
+        """Called by DataLoader: copies from such memory to a GPU need not be waited for."""
+        return Batch(*(None if t is None else t.pin_memory() for t in self))
 
 
-def micro_batches(
-    data: Dataset, split: str, first: int, batch: int, micro: int, dp_rank: int, dp_size: int
-) -> Iterator[Batch]:
-    """This rank's share of one global batch, `micro` rows at a time."""
-    share = batch // dp_size
-    mine = range(first + dp_rank * share, first + (dp_rank + 1) * share)
-    for start in mine[::micro]:
-        rows = np.stack([data.sample(split, i) for i in range(start, start + micro)])
-        window = torch.from_numpy(rows)
-        yield Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+class Place(NamedTuple):
+    """How a global batch is cut: sequences in it, sequences at once, and which of how many slices is this rank's."""
+
+    batch: int
+    micro: int
+    dp_rank: int = 0
+    dp_size: int = 1
+
+    def samples(self, first: int) -> list[range]:
+        """The samples of each of this rank's micro-batches in the global batch that begins with sample `first`."""
+        share = self.batch // self.dp_size
+        start = first + self.dp_rank * share
+        return [range(i, i + self.micro) for i in range(start, start + share, self.micro)]
+
+
+class _Rows:
+    """Micro-batches by the range of their samples: what a worker process makes."""
+
+    def __init__(self, data: Dataset, split: str) -> None:
+        self.data, self.split = data, split
+
+    def __getitem__(self, samples: range) -> Batch:
+        window = torch.from_numpy(np.stack([self.data.sample(self.split, i) for i in samples]))
+        return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+
+
+def micro_batches(data: Dataset, split: str, first: int, place: Place) -> list[Batch]:
+    """This rank's share of one global batch."""
+    rows = _Rows(data, split)
+    return [rows[samples] for samples in place.samples(first)]
+
+
+def stream(data: Dataset, split: str, first: int, place: Place, workers: int = 0, pin: bool = False) -> Iterator[list]:
+    """This rank's share of one global batch after another, from sample `first` on, without end.
+
+    workers: processes that make batches ahead of time; 0 makes each one when it is asked for.  pin: into pinned memory.
+    The content depends on neither.
+    """
+
+    def asked() -> Iterator[range]:
+        at = first
+        while True:
+            yield from place.samples(at)
+            at += place.batch
+
+    count = len(place.samples(first))
+    if workers == 0:
+        while True:
+            yield micro_batches(data, split, first, place)
+            first += place.batch
+    loader = DataLoader(
+        _Rows(data, split),
+        batch_size=None,  # the sampler names whole micro-batches
+        sampler=asked(),
+        num_workers=workers,
+        prefetch_factor=max(2, -(-2 * count // workers)),  # two steps ahead
+        pin_memory=pin,
+        worker_init_fn=_ignore_interrupts,
+    )
+    batches = iter(loader)
+    while True:
+        yield [next(batches) for _ in range(count)]
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; when to stop is the trainer's decision."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

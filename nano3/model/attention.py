@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from nano3.config import ModelConfig
-from nano3.model.cache import AttentionState
+from nano3.model.cache import AttentionState, Rows
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.parallel.tensor import enter, leave
 
@@ -29,14 +29,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(q, c.hidden_size, bias=False)
 
     def forward(
-        self, u: Tensor, seq_idx: Tensor | None, cache: AttentionState | None, whole: bool
+        self, u: Tensor, rows: Rows, cache: AttentionState | None, whole: bool
     ) -> Tensor:  # (B, S / tp, D) -> (B, S / tp, D)
         u = enter(u, self.tp, whole)
         q, k, v = (p(u).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if cache is not None:
             k, v = cache.append(k, v)
-        return leave(self.o_proj(attention(q, k, v, seq_idx, self.backend).flatten(-2)), self.tp, whole)
+        return leave(self.o_proj(attention(q, k, v, rows.seq_idx, self.backend).flatten(-2)), self.tp, whole)
 
     def step(self, u: Tensor, cache: AttentionState) -> Tensor:
         """One token of decoding: (B, D) -> (B, D)."""
-        return self(u.unsqueeze(1), None, cache, whole=True).squeeze(1)
+        return self(u.unsqueeze(1), Rows(), cache, whole=True).squeeze(1)

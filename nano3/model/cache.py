@@ -7,6 +7,7 @@ layer keeps keys and values, which grow; the other kinds keep nothing.  SSM stat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ class AttentionState:
 
 
 LayerState = MambaState | AttentionState | None
+
+
+class Rows(NamedTuple):
+    """What is known of a micro-batch's tokens besides their ids; None: one document a row, and no padding."""
+
+    seq_idx: Tensor | None = None  # (B, S), the document of each token
+    real: Tensor | None = None  # (B, S / tp) bool, False for padding
 
 
 def create_cache(

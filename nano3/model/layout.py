@@ -70,6 +70,14 @@ class Piece(NamedTuple):
     shape: torch.Size  # of the whole component
     offsets: tuple[int, ...]
     tensor: Tensor  # a view
+    name: str  # the tensor's
+    base: int = 0  # where the component begins in the whole tensor
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The box in the whole tensor, its components side by side."""
+        starts = (self.base + self.offsets[0], *self.offsets[1:])
+        return tuple(slice(o, o + n) for o, n in zip(starts, self.tensor.shape, strict=True))
 
 
 def pieces(name: str, held: Tensor, first: int, local: torch.Size, model: Nano3) -> Iterator[Piece]:
@@ -77,21 +85,22 @@ def pieces(name: str, held: Tensor, first: int, local: torch.Size, model: Nano3)
     split = split_of(name, model.config, model.mesh.tp.size)
     last, zeros = first + held.shape[0], [0] * (len(local) - 1)
     if split is None:
-        yield Piece(name, local, (first, *zeros), held)
+        yield Piece(name, local, (first, *zeros), held, name)
         return
     axis = axis_of(split, model.mesh)
     parts, index = axis.size // split.copies, axis.rank // split.copies
     if split.dim > 0:
         offsets = [first, *zeros]
         offsets[split.dim] = index * local[split.dim]
-        yield Piece(name, split.whole_shape(local), tuple(offsets), held)
+        yield Piece(name, split.whole_shape(local), tuple(offsets), held, name)
         return
-    start = 0  # of the component's cut in the local tensor
+    start = base = 0  # of the component's cut in the local tensor, of the component in the whole one
     for component, size in zip(split.names, split.pieces, strict=True):
         width = size // parts
         low, high = max(first, start), min(last, start + width)
         if low < high:
             key = f"{name}.{component}" if component else name
             offsets = (index * width + low - start, *zeros)
-            yield Piece(key, torch.Size((size, *local[1:])), offsets, held[low - first : high - first])
-        start += width
+            shape, tensor = torch.Size((size, *local[1:])), held[low - first : high - first]
+            yield Piece(key, shape, offsets, tensor, name, base)
+        start, base = start + width, base + size

@@ -9,7 +9,7 @@ from kernels.conv1d import causal_conv1d, causal_conv1d_step
 from kernels.gated_norm import gated_rms_norm
 from kernels.ssd import ssd, ssd_step
 from nano3.config import ModelConfig
-from nano3.model.cache import MambaState
+from nano3.model.cache import MambaState, Rows
 from nano3.model.norm import RMSNorm
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.parallel.tensor import enter, leave
@@ -46,7 +46,7 @@ class Mamba(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, c.hidden_size, bias=False)
 
     def forward(
-        self, u: Tensor, seq_idx: Tensor | None, cache: MambaState | None, whole: bool
+        self, u: Tensor, rows: Rows, cache: MambaState | None, whole: bool
     ) -> Tensor:  # (B, S / tp, D) -> (B, S / tp, D)
         u = enter(u, self.tp, whole)
         z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.H], dim=-1)
@@ -54,10 +54,12 @@ class Mamba(nn.Module):
         before = None if cache is None else cache.window[:, 1:]
         if cache is not None:
             cache.window = torch.cat([cache.window, xBC], dim=1)[:, -W:]
-        xBC = causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, seq_idx, before, self.kernels.conv1d)
+        xBC = causal_conv1d(
+            xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, rows.seq_idx, before, self.kernels.conv1d
+        )
         x, B, C = self._heads(xBC)
         state = None if cache is None else cache.state
-        options = (self.dt_bias, self.chunk, self.dt_limit, seq_idx, state, self.kernels.ssd)
+        options = (self.dt_bias, self.chunk, self.dt_limit, rows.seq_idx, state, self.kernels.ssd)
         y, state = ssd(x, dt, self._A(), B, C, self.D, *options)
         if cache is not None:
             cache.state = state

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nano3.config import KINDS, ModelConfig
 from nano3.model.attention import Attention
-from nano3.model.cache import LayerState
+from nano3.model.cache import LayerState, Rows
 from nano3.model.mamba import Mamba
 from nano3.model.moe import MLP, Balance, MoE
 from nano3.model.norm import RMSNorm
@@ -40,10 +40,8 @@ class Block(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
         self.mixer = MIXERS[letter](c, mesh)
 
-    def forward(
-        self, x: Tensor, seq_idx: Tensor | None, cache: LayerState, whole: bool
-    ) -> tuple[Tensor, Balance | None]:
-        y = self.mixer(self.norm(x), seq_idx, cache, whole)
+    def forward(self, x: Tensor, rows: Rows, cache: LayerState, whole: bool) -> tuple[Tensor, Balance | None]:
+        y = self.mixer(self.norm(x), rows, cache, whole)
         y, balance = y if isinstance(y, tuple) else (y, None)
         return x + y, balance
 
@@ -87,11 +85,17 @@ class Nano3(nn.Module):
             self.lm_head = nn.Linear(c.hidden_size, local_vocab, bias=False)
 
     def forward(
-        self, x: Tensor, seq_idx: Tensor | None = None, cache: list[LayerState] | None = None, part: int = 0
+        self,
+        x: Tensor,
+        seq_idx: Tensor | None = None,
+        cache: list[LayerState] | None = None,
+        part: int = 0,
+        real: Tensor | None = None,
     ) -> Output:
         """x: (B, S) ids, or for a part that does not hold the start what the part before it gave, (B, S / tp, D).
 
-        seq_idx: (B, S), the document of each token of a packed row, non-decreasing.  With a cache the row continues
+        seq_idx: (B, S), the document of each token of a packed row, non-decreasing.  real: (B, S), False for padding,
+        which is counted nowhere; as a document of its own it reaches no token either.  With a cache the row continues
         what the cache has seen, and the cache moves on by S tokens; all tp ranks then hold all S tokens.
         """
         if cache is not None and seq_idx is not None:
@@ -100,13 +104,15 @@ class Nano3(nn.Module):
         start, stop = self.parts[part]
         if start == 0:
             x = self.embed(x, whole)
+        tp = self.mesh.tp
+        rows = Rows(seq_idx, None if real is None else real.chunk(tp.size, dim=1)[tp.rank])
         balance = []
         for i in range(start, stop):
             block, state = self.layers[str(i)], None if cache is None else cache[i]
             if self.training and block.kind in self.recompute:
-                x, report = checkpoint(block, x, seq_idx, state, whole, use_reentrant=False)
+                x, report = checkpoint(block, x, rows, state, whole, use_reentrant=False)
             else:
-                x, report = block(x, seq_idx, state, whole)
+                x, report = block(x, rows, state, whole)
             if report is not None:
                 balance.append(report)
         return Output(self.norm_f(x) if self.is_end(part) else x, balance)

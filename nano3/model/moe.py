@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from kernels.grouped_gemm import experts
 from kernels.routing import Routes, expert_counts, route
 from nano3.config import ModelConfig
-from nano3.parallel.collectives import all_sum
+from nano3.model.cache import Rows
+from nano3.parallel.collectives import all_sum, arrive
 from nano3.parallel.expert import Trip
 from nano3.parallel.mesh import ALONE, Axis, Mesh
-from nano3.parallel.tensor import enter, leave
+from nano3.parallel.tensor import depart_enter, depart_leave, enter, leave
 
 
 class Balance(NamedTuple):
@@ -42,11 +43,11 @@ class MLP(nn.Module):
     def hidden(self, u: Tensor) -> Tensor:
         return self.up_proj(u).relu().square()
 
-    def forward(self, u: Tensor, seq_idx: Tensor | None, cache: None, whole: bool) -> Tensor:  # (..., D) -> (..., D)
+    def forward(self, u: Tensor, rows: Rows, cache: None, whole: bool) -> Tensor:  # (..., D) -> (..., D)
         return leave(self.down_proj(self.hidden(enter(u, self.tp, whole))), self.tp, whole)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        return self(u, None, None, whole=True)
+        return self(u, Rows(), None, whole=True)
 
 
 class Router(nn.Module):
@@ -76,8 +77,8 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routing looks at the tokens that a rank holds; they travel to their experts' ranks while the shared expert, split
-    over tp like any MLP, computes its first product, and back during its second."""
+    """Routing looks at the tokens that a rank holds, while those of the other tp ranks come in for the shared expert.
+    Its first product is computed while tokens travel to their experts' ranks, its second while they travel back."""
 
     def __init__(self, c: ModelConfig, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -89,8 +90,9 @@ class MoE(nn.Module):
         self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size, mesh)
 
     def forward(
-        self, u: Tensor, seq_idx: Tensor | None, cache: None, whole: bool
+        self, u: Tensor, rows: Rows, cache: None, whole: bool
     ) -> tuple[Tensor, Balance | None]:  # (B, S / tp, D) -> (B, S / tp, D)
+        gathering = depart_enter(u, self.tp, whole)
         x = u.flatten(0, -2)
         mine = (
             slice(self.tp.rank, None, self.tp.size) if whole else slice(None)
@@ -98,37 +100,46 @@ class MoE(nn.Module):
         routes = self.gate(x[mine])
         counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
         trip = Trip(x[mine], routes.weights_TK, routes.experts_TK, counts, self.ep)
-        hidden = self.shared_experts.hidden(enter(u, self.tp, whole))
+        hidden = self.shared_experts.hidden(arrive(gathering))
         trip.depart_home(self.experts(*trip.arrive()))
         y = self.shared_experts.down_proj(hidden)
-        routed = trip.arrive_home()
         if whole and self.tp.size > 1:
-            routed = torch.zeros_like(x).index_copy(0, torch.arange(len(x), device=x.device)[mine], routed)
+            place = torch.arange(len(x), device=x.device)[mine]
+            routed = torch.zeros_like(x).index_copy(0, place, trip.arrive_home())
             return leave(y + routed.view_as(u), self.tp, whole), None
-        y = leave(y, self.tp, whole) + routed.view_as(u)
+        scattering = depart_leave(y, self.tp, whole)
+        routed = trip.arrive_home()
+        y = arrive(scattering) + routed.view_as(u)
         if not self.training:
             return y, None
         scores = routes.scores_TE.view(*u.shape[:-1], self.E)
-        return y, Balance(sequence_balance_loss(scores, self.K, self.tp), counts)
+        if rows.real is not None:  # padding is computed like any token, and counted nowhere
+            real = routes.experts_TK.where(rows.real.reshape(-1, 1), self.E)
+            counts = expert_counts(real, self.E + 1, self.gate.backend)[:-1]
+        return y, Balance(sequence_balance_loss(scores, self.K, self.tp, rows.real), counts)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        return self(u, None, None, whole=True)[0]
+        return self(u, Rows(), None, whole=True)[0]
 
 
-def sequence_balance_loss(scores_BSE: Tensor, top_k: int, tp: Axis = ALONE.tp) -> Tensor:
+def sequence_balance_loss(scores_BSE: Tensor, top_k: int, tp: Axis = ALONE.tp, real_BS: Tensor | None = None) -> Tensor:
     """E / (K S^2) * sum_i c_i sum_t p_ti per sequence, (B,): 1 when every expert is chosen equally often.
 
     p are the scores normalised over all experts; c_i counts the tokens whose K largest p, without bias or group limits,
     hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one
     sequence.  With the sequence split over tp, c is the whole sequence's and the sum over t this rank's, so the ranks'
-    results add up to the loss.
+    results add up to the loss.  Where real_BS is False there is no token: S counts the others.
     """
-    S, E = scores_BSE.shape[1] * tp.size, scores_BSE.shape[2]
+    E = scores_BSE.shape[2]
+    S = torch.full(scores_BSE.shape[:1], scores_BSE.shape[1] * tp.size, device=scores_BSE.device)
     p = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)
     with torch.no_grad():
         chosen = torch.zeros_like(p).scatter_(-1, p.topk(top_k, dim=-1).indices, 1.0)
-        counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
-    return (counts * p.sum(1)).sum(-1) * (E / (top_k * S * S))
+    if real_BS is not None:
+        p, chosen = p * real_BS.unsqueeze(-1), chosen * real_BS.unsqueeze(-1)
+        S = all_sum(real_BS.sum(1), tp.group).clamp_min(1)
+    counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
+    return (counts * p.sum(1)).sum(-1) * (E / top_k) / (S * S)
 
 
 @torch.no_grad()

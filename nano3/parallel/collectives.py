@@ -6,7 +6,7 @@ A collective and the gradient of it are a pair because every rank's loss is a pa
     scatter_sequence  reduce-scatter of summands              <->  all-gather: each summand feeds every piece
     copy_to           identity (all ranks read it)            <->  all-reduce: the readers' gradients add up
     reduce_from       all-reduce of summands                  <->  identity: each summand counts once
-    exchange_rows     all-to-all of rows                      <->  all-to-all with the sizes swapped
+    depart_rows       all-to-all of rows                      <->  all-to-all with the sizes swapped
 
 Every function returns a new tensor (or its argument) and makes no call where the group is None.
 """
@@ -60,39 +60,6 @@ def all_gather(flat: Tensor, group: Group, async_op: bool = False) -> tuple[Tens
     return out, work
 
 
-def _gather_dim1(x: Tensor, group: dist.ProcessGroup) -> Tensor:  # (B, S / t, ...) -> (B, S, ...)
-    return all_stack(x, group).transpose(0, 1).flatten(1, 2)
-
-
-def _scatter_dim1(x: Tensor, group: dist.ProcessGroup) -> Tensor:  # (B, S, ...) -> (B, S / t, ...), summed
-    parts = x.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
-    out = torch.empty_like(parts[0])
-    _reduce_scatter(out, parts.flatten(0, 1), group=group)
-    return out
-
-
-class _GatherSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather_dim1(x, group)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        return _scatter_dim1(dy, ctx.group), None
-
-
-class _ScatterSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _scatter_dim1(x, group)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        return _gather_dim1(dy, ctx.group), None
-
-
 class _CopyTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -114,16 +81,6 @@ class _ReduceFrom(torch.autograd.Function):
         return dy, None
 
 
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
-    """(B, S / t, ...) pieces of the sequence -> (B, S, ...) on every rank."""
-    return x if group is None else _GatherSequence.apply(x, group)
-
-
-def scatter_sequence(x: Tensor, group: Group) -> Tensor:
-    """(B, S, ...) summands, one a rank -> (B, S / t, ...), this rank's piece of their sum."""
-    return x if group is None else _ScatterSequence.apply(x, group)
-
-
 def copy_to(x: Tensor, group: Group) -> Tensor:
     """The same x on every rank, about to be used in different ways."""
     return x if group is None else _CopyTo.apply(x, group)
@@ -134,62 +91,131 @@ def reduce_from(x: Tensor, group: Group) -> Tensor:
     return x if group is None else _ReduceFrom.apply(x, group)
 
 
-class Flight:
-    """An exchange of rows under way, in either direction: what its two ends share."""
+# What follows takes two calls: depart_... starts a message, arrive waits for it.  What is computed between the two runs
+# while the message travels; and in the backward pass, where arrive's gradient starts the conjugate message and
+# depart's waits for it, so does what lies between those.
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
-        self.send, self.receive, self.group = send, receive, group
+
+class Flight:
+    """A message under way, forward or back: what its two ends share."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
         self.work: dist.Work | None = None
         self.gradient: Tensor | None = None
 
-    def launch(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def launch(self, x: Tensor, back: bool) -> Tensor:
+        """Start the message.  Returns the buffer that it will fill."""
+        raise NotImplementedError
+
+    def land(self, buffer: Tensor, back: bool) -> Tensor:
+        """Wait for it.  Returns what it means."""
+        self.work.wait()
+        self.work = None
+        return buffer.view_as(buffer)
+
+
+class _Gather(Flight):
+    """(B, S / t, ...) -> (B, S, ...), and back the sum of what all ranks have for this rank's piece."""
+
+    def launch(self, x: Tensor, back: bool) -> Tensor:
+        t = self.group.size()
+        if back:
+            parts = x.unflatten(1, (t, -1)).transpose(0, 1).contiguous()
+            out = torch.empty_like(parts[0])
+            self.work = _reduce_scatter(out, parts.flatten(0, 1), group=self.group, async_op=True)
+        else:
+            out = x.new_empty(t, *x.shape)
+            self.work = _all_gather(out.flatten(0, 1), x.contiguous(), group=self.group, async_op=True)
+        return out
+
+    def land(self, buffer: Tensor, back: bool) -> Tensor:
+        out = super().land(buffer, back)
+        return out if back else out.transpose(0, 1).flatten(1, 2)
+
+
+class _Scatter(_Gather):
+    """The conjugate: (B, S, ...) summands -> (B, S / t, ...), and back the pieces of all ranks."""
+
+    def launch(self, x: Tensor, back: bool) -> Tensor:
+        return super().launch(x, not back)
+
+    def land(self, buffer: Tensor, back: bool) -> Tensor:
+        return super().land(buffer, not back)
+
+
+class _Exchange(Flight):
+    """send[r] consecutive rows go to rank r, receive[r] come from it; its own conjugate with the sizes swapped."""
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
+        super().__init__(group)
+        self.send, self.receive = send, receive
+
+    def launch(self, x: Tensor, back: bool) -> Tensor:
+        send, receive = (self.receive, self.send) if back else (self.send, self.receive)
         out = x.new_empty(sum(receive), *x.shape[1:])
         self.work = dist.all_to_all_single(out, x.contiguous(), receive, send, group=self.group, async_op=True)
         return out
-
-    def land(self) -> None:
-        self.work.wait()
-        self.work = None
 
 
 class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, flight: Flight) -> Tensor:
         ctx.flight = flight
-        return flight.launch(x, flight.send, flight.receive)
+        return flight.launch(x, back=False)
 
     @staticmethod
     def backward(ctx, _: Tensor) -> tuple[Tensor, None]:  # the gradient proper is on its way since _Arrive.backward
         flight = ctx.flight
-        flight.land()
-        gradient, flight.gradient = flight.gradient, None
+        gradient, flight.gradient = flight.land(flight.gradient, back=True), None
         return gradient, None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.land()
-        return x.view_as(x)
+    def forward(ctx, buffer: Tensor, flight: Flight) -> Tensor:
+        ctx.flight, ctx.shape = flight, buffer.shape
+        return flight.land(buffer, back=False)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None]:
-        flight = ctx.flight
-        flight.gradient = flight.launch(dy, flight.receive, flight.send)
-        return dy, None
+        ctx.flight.gradient = ctx.flight.launch(dy, back=True)
+        return dy.new_zeros(()).expand(ctx.shape), None  # a token: autograd wants something of this shape
 
 
-def depart(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> tuple[Tensor, Flight]:
-    """Start an exchange: send[r] consecutive rows of x go to rank r, receive[r] rows come from it, in rank order.
+Travelling = tuple[Tensor, Flight | None]
 
-    The result may be read only after `arrive`.  What is computed between the two, and in the backward pass between
-    the gradients of the two, runs while the rows travel.
-    """
-    flight = Flight(send, receive, group)
+
+def _depart(x: Tensor, flight: Flight) -> Travelling:
     return _Depart.apply(x, flight), flight
 
 
-def arrive(x: Tensor, flight: Flight) -> Tensor:
-    """The rows of an exchange that `depart` started."""
-    return _Arrive.apply(x, flight)
+def depart_gather(x: Tensor, group: Group) -> Travelling:
+    """Start to bring (B, S / t, ...) pieces of the sequence together: (B, S, ...) on every rank."""
+    return (x, None) if group is None else _depart(x, _Gather(group))
+
+
+def depart_scatter(x: Tensor, group: Group) -> Travelling:
+    """Start to add up (B, S, ...) summands, one a rank, and to give each rank its piece, (B, S / t, ...)."""
+    return (x, None) if group is None else _depart(x, _Scatter(group))
+
+
+def depart_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> Travelling:
+    """Start an exchange: send[r] consecutive rows of x go to rank r, receive[r] rows come from it, in rank order."""
+    return (x, None) if group is None else _depart(x, _Exchange(send, receive, group))
+
+
+def arrive(travelling: Travelling) -> Tensor:
+    """Wait for what a depart_... function started."""
+    x, flight = travelling
+    return x if flight is None else _Arrive.apply(x, flight)
+
+
+def gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """(B, S / t, ...) pieces of the sequence -> (B, S, ...) on every rank."""
+    return arrive(depart_gather(x, group))
+
+
+def scatter_sequence(x: Tensor, group: Group) -> Tensor:
+    """(B, S, ...) summands, one a rank -> (B, S / t, ...), this rank's piece of their sum."""
+    return arrive(depart_scatter(x, group))

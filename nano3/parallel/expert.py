@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nano3.parallel.collectives import arrive, depart
+from nano3.parallel.collectives import arrive, depart_rows
 from nano3.parallel.mesh import Axis
 
 
@@ -82,8 +82,8 @@ class Trip:
         ids = (experts_TK[self.token] - rank * self.local).where(here, self.local)
         weights = weights_TK[self.token].where(here, 0)
         papers = torch.cat([ids.to(weights.dtype), weights], dim=1)  # one message; ids are small, so exact
-        self.papers, self.papers_flight = depart(papers, self.send, self.receive, ep.group)
-        self.x, self.x_flight = depart(_Spread.apply(x_TD, self.token, self.send), self.send, self.receive, ep.group)
+        self.papers = depart_rows(papers, self.send, self.receive, ep.group)
+        self.x = depart_rows(_Spread.apply(x_TD, self.token, self.send), self.send, self.receive, ep.group)
 
     def _sizes(self, wanted_RT: Tensor, counts_E: Tensor) -> tuple[list[int], list[int], Tensor, int]:
         """Tokens to and from each rank, rows per expert here, their sum.  The layer's one wait of the host."""
@@ -99,18 +99,14 @@ class Trip:
         elsewhere one past its last; rows per expert; the number of rows in all, on the host."""
         if self.ep.size == 1:
             return self.arrived
-        papers = arrive(self.papers, self.papers_flight)
+        papers = arrive(self.papers)
         ids, weights = papers.tensor_split(2, dim=1)
-        return arrive(self.x, self.x_flight), weights, ids.detach().long(), self.counts, self.rows
+        return arrive(self.x), weights, ids.detach().long(), self.counts, self.rows
 
     def depart_home(self, y_ND: Tensor) -> None:
-        if self.ep.size == 1:
-            self.y = y_ND
-        else:
-            self.y, self.y_flight = depart(y_ND, self.receive, self.send, self.ep.group)
+        self.y = (y_ND, None) if self.ep.size == 1 else depart_rows(y_ND, self.receive, self.send, self.ep.group)
 
     def arrive_home(self) -> Tensor:
         """(T, D): each token's sum over the ranks it went to."""
-        if self.ep.size == 1:
-            return self.y
-        return _Collect.apply(arrive(self.y, self.y_flight), self.token, self.send, self.T)
+        y = arrive(self.y)
+        return y if self.ep.size == 1 else _Collect.apply(y, self.token, self.send, self.T)

@@ -7,22 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nano3.parallel.collectives import copy_to, gather_sequence, reduce_from, scatter_sequence
+from nano3.parallel.collectives import Travelling, arrive, copy_to, depart_gather, depart_scatter, reduce_from
 from nano3.parallel.mesh import Axis
 
 
-def enter(x: Tensor, tp: Axis, whole: bool) -> Tensor:
-    """Into a region where each tp rank computes some of the channels of every token.
+def depart_enter(x: Tensor, tp: Axis, whole: bool) -> Travelling:
+    """Into a region where each tp rank computes some of the channels of every token; `arrive` gives (B, S, D).
 
     Between the blocks each rank holds S / tp of the tokens (B, S / tp, D), which are gathered here; `whole`: every rank
     holds all of them already, as in decoding, where there may be fewer tokens than ranks.
     """
-    return copy_to(x, tp.group) if whole else gather_sequence(x, tp.group)
+    return (copy_to(x, tp.group), None) if whole else depart_gather(x, tp.group)
+
+
+def depart_leave(y: Tensor, tp: Axis, whole: bool) -> Travelling:
+    """Out of it: the ranks' outputs are summands (B, S, D); each keeps its tokens' sum, or, if `whole`, all of them."""
+    return (reduce_from(y, tp.group), None) if whole else depart_scatter(y, tp.group)
+
+
+def enter(x: Tensor, tp: Axis, whole: bool) -> Tensor:
+    """`depart_enter` and arrive at once: where there is nothing to compute meanwhile."""
+    return arrive(depart_enter(x, tp, whole))
 
 
 def leave(y: Tensor, tp: Axis, whole: bool) -> Tensor:
-    """Out of it: the ranks' outputs are summands (B, S, D); each keeps its tokens' sum, or, if `whole`, all of them."""
-    return reduce_from(y, tp.group) if whole else scatter_sequence(y, tp.group)
+    return arrive(depart_leave(y, tp, whole))
 
 
 @dataclass(frozen=True)

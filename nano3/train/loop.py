@@ -14,7 +14,7 @@ from kernels._common import INTERPRET, triton
 from nano3.cli import difference, to_yaml
 from nano3.config import Config, UserError
 from nano3.data.corpus import load_dataset, tokenizer_name
-from nano3.data.loader import micro_batches
+from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.tokenizer import load_tokenizer
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
@@ -37,7 +37,8 @@ class Trainer:
     def __init__(self, config: Config, name: str, mesh: Mesh) -> None:
         self.config, self.name, self.mesh = config, name, mesh
         check_kernels(config, mesh.device)
-        self.micro = config.micro_batch(mesh.dp.size)
+        micro = config.micro_batch(mesh.dp.size)
+        self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
         self.tokenizer = load_tokenizer(tokenizer_name(config), config.model.vocab_size)
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
@@ -54,6 +55,8 @@ class Trainer:
             self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer, good)
         elif (weights := config.checkpoint.pretrained_checkpoint) is not None:
             checkpoint.load_weights(weights, "checkpoint.pretrained_checkpoint", self.model, self.optimizer)
+        pin = mesh.device.type == "cuda"
+        self.batches = stream(self.data, "train", self.progress.samples, self.place, config.dataset.num_workers, pin)
         self.asked_to_stop = False  # this rank; all stop together at the end of a step that has heard of it
 
     def _resumable(self) -> str | None:
@@ -113,8 +116,7 @@ class Trainer:
 
     def _step(self) -> tuple[StepReport, float]:
         t, mesh, p = self.config.train, self.mesh, self.progress
-        place = (t.global_batch_size, self.micro, mesh.dp.rank, mesh.dp.size)
-        rows = list(micro_batches(self.data, "train", p.samples, *place))
+        rows = next(self.batches)
         lr = self.lr(p.samples)
         try:
             report = training_step(self.model, self.optimizer, rows, self.config, mesh, lr, self.asked_to_stop)
@@ -152,12 +154,10 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Mean loss per token over the first eval_iters global batches of the validation split, the same every time."""
-        t, mesh = self.config.train, self.mesh
-        place = (t.global_batch_size, self.micro, mesh.dp.rank, mesh.dp.size)
-        firsts = range(0, self.config.validation.eval_iters * t.global_batch_size, t.global_batch_size)
-        return evaluate(
-            self.model, [list(micro_batches(self.data, "valid", first, *place)) for first in firsts], self.config
-        )
+        batch = self.place.batch
+        firsts = range(0, self.config.validation.eval_iters * batch, batch)
+        rows = (micro_batches(self.data, "valid", first, self.place) for first in firsts)
+        return evaluate(self.model, rows, self.config)
 
     def _evaluate(self, log: Log) -> float:
         loss, at = self.evaluate(), self.progress.iteration

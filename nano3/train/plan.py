@@ -1,16 +1,27 @@
-"""What a model costs, from its configuration alone: parameters, FLOPs, and memory per GPU for any layout."""
+"""What a run costs, from its configuration alone: parameters, FLOPs, the plan of every rank, and whether it fits.
+
+`memory.py` counts what a rank holds and `traffic.py` what it sends; here they become the text of --dry-run.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nano3.config import KINDS, Config, ModelConfig, UserError
-from nano3.parallel.pipeline_schedule import cut, spans_of
+from nano3.cli import difference, parser, resolve
+from nano3.config import Config, ModelConfig, UserError
+from nano3.parallel.layout import Layout, check_layout, nearest_layout, objections
+from nano3.parallel.pipeline_schedule import bubble, cut, peak_in_flight, spans_of
 from nano3.presets import PRESETS
+from nano3.train.memory import Memory, Share, memory_of, micro_batches, shares
+from nano3.train.traffic import traffic, traffic_table
 
 GiB = 1 << 30
+GPUS = {"80 GB (A100, H100)": 80e9, "141 GB (H200)": 141e9, "180 GB (B200)": 180e9}  # bytes, from the data sheets
+USABLE = 0.95  # of a rank's memory; the rest is for CUDA, NCCL and the gaps between allocations
 
 
 @dataclass(frozen=True)
@@ -66,87 +77,47 @@ def training_flops(c: ModelConfig, seq_length: int) -> dict[str, float]:
     return {**flops, "head": 3.0 * 2 * D * c.vocab_size}
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes that the fullest rank holds."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def memory(config: Config, world: int, bf16: bool) -> Memory:
-    """The estimate for one rank of `world`, at the layout of the configuration.
-
-    Dense tensors are split over tp, experts over ep, layers over pp; a pipeline's first and last stage carry
-    embedding and head.  bf16: 2 bytes of weight, 4 of fp32 gradient, 12 of master and moments, these last split over
-    the ranks that hold the same tensor where there is a tp, ep or pp layout.  fp32: 4 + 4 + 8.  Activations as the
-    PyTorch path keeps them.
-    """
-    c, p = config.model, config.parallel
-    n = parameters(c)
-    mixtures = c.hybrid_override_pattern.count("E")
-    experts = n.experts * mixtures / p.ep / p.pp
-    ends = n.embedding * (2 if p.pp == 1 else 1) / p.tp
-    dense = (n.total - n.experts * mixtures - 2 * n.embedding) / p.tp / p.pp + ends
-    weight, grad, state = (2, 4, 12) if bf16 else (4, 4, 8)
-    sharded = p.tp * p.ep * p.pp > 1
-    dp = max(1, world // (p.tp * p.pp * p.cp)) if sharded else 1
-    edp = max(1, world // (p.ep * p.pp)) if sharded else 1
-    tokens = config.micro_batch(max(1, world // (p.tp * p.pp * p.cp))) * config.dataset.seq_length / p.tp / p.cp
-    kept = sum(
-        activation_bytes(c, kind, config.dataset.seq_length, bf16, kind_name in config.recompute)
-        for kind, kind_name in (
-            (x, {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}[x]) for x in c.hybrid_override_pattern
-        )
-    )
-    logits = config.train.loss_chunk_tokens * c.vocab_size * 8 / p.tp
-    return Memory(
-        weights=int(weight * (dense + experts)),
-        gradients=int(grad * (dense + experts)),
-        optimizer=int(state * (dense / dp + experts / edp)),
-        activations=int(tokens * kept / p.pp + logits),
-    )
-
-
-def activation_bytes(c: ModelConfig, letter: str, seq_length: int, bf16: bool, recomputed: bool) -> float:
-    """Bytes per token that one block keeps for its backward pass."""
-    e, D = 2 if bf16 else 4, c.hidden_size
-    if recomputed:
-        return e * D
-    L = min(c.chunk_size, seq_length)
-    mixing = 4 * 3 * L * c.mamba_num_heads  # scores, decay and their product, one row of L per token and head
-    inner = e * (2 * (c.d_inner + c.conv_dim) + c.mamba_num_heads) + 4 * (3 * c.d_inner + 4 * c.conv_dim) + mixing
-    heads = c.num_attention_heads * c.head_dim
-    rows = c.num_experts_per_tok * (2 * D + 3 * c.moe_intermediate_size)
-    kept = {
-        "M": inner,
-        "*": e * (2 * heads + 2 * c.num_key_value_heads * c.head_dim),
-        "E": e * (rows + 3 * c.moe_shared_expert_intermediate_size) + 12 * c.n_routed_experts,
-        "-": e * 3 * c.intermediate_size,
-    }
-    return 3 * e * D + kept[letter]
+def layer_costs(config: Config) -> tuple[list[float], float]:
+    """FLOPs per trained token of each layer, and of the head."""
+    pattern = config.model.hybrid_override_pattern
+    flops = training_flops(config.model, config.dataset.seq_length)
+    return [flops[letter] / pattern.count(letter) for letter in pattern], flops["head"]
 
 
 def stage_spans(config: Config) -> list[tuple[int, int]]:
     """(start, stop) of the layers of each virtual stage: as asked, or cut so that the costliest costs least."""
-    c, p = config.model, config.parallel
-    parts, pattern = p.pp * p.virtual_pp, c.hybrid_override_pattern
+    p = config.parallel
+    layers, head = layer_costs(config)
     if p.stages is not None:
-        return spans_of(p.stages, len(pattern), parts)
-    flops = training_flops(c, config.dataset.seq_length)
-    each = {letter: flops[letter] / max(1, pattern.count(letter)) for letter in KINDS}
-    return cut([each[letter] for letter in pattern], parts, 0.0, flops["head"])
+        return spans_of(p.stages, len(layers), p.pp * p.virtual_pp)
+    return cut(layers, p.pp * p.virtual_pp, 0.0, head)
 
 
 def rank_parts(config: Config, stage: int) -> list[tuple[int, int]]:
     """The spans of layers that the ranks of one pipeline stage hold."""
     return stage_spans(config)[stage :: config.parallel.pp]
+
+
+def idle_share(config: Config, layout: Layout) -> float:
+    """The pipeline's bubble, from 0 to 1, if time goes by FLOPs and messages take none."""
+    if layout.pp == 1:
+        return 0.0
+    layers, head = layer_costs(config)
+    costs = [sum(layers[start:stop]) for start, stop in stage_spans(config)]
+    costs[-1] += head
+    return bubble(layout.pp, config.parallel.virtual_pp, micro_batches(config, layout), costs=costs)
+
+
+def memories(config: Config, world: int, device_type: str) -> list[Memory]:
+    """What a rank of each pipeline stage holds, at the layout of the configuration on `world` ranks, a legal one."""
+    layout, bf16 = Layout.of(config, world), uses_bf16(config, device_type)
+    found = shares(config, layout, stage_spans(config), bf16)
+    return [memory_of(config, layout, share, bf16, device_type == "cuda") for share in found]
+
+
+def memory(config: Config, world: int, device_type: str) -> Memory:
+    """What the fullest rank holds."""
+    return max(memories(config, world, device_type), key=lambda m: m.total)
 
 
 def machine_memory(device_type: str) -> int:
@@ -166,6 +137,11 @@ def machine_memory(device_type: str) -> int:
     return available
 
 
+def memory_here(device_type: str, ranks_here: int) -> int:
+    """Bytes that each rank of this machine may use.  A GPU belongs to one rank, the system's memory to all."""
+    return machine_memory(device_type) // (ranks_here if device_type == "cpu" else 1)
+
+
 def layout_ranks(config: Config) -> int:
     """Ranks of the smallest world that the layout divides, or NVIDIA's 32 for its default tp=4 ep=8."""
     p = config.parallel
@@ -174,63 +150,177 @@ def layout_ranks(config: Config) -> int:
     return 4 * least if (p.tp, p.ep) == (4, 8) else least
 
 
-def report(config: Config, name: str, world: int, bf16: bool) -> str:
-    """The plan in words: parameters, FLOPs, length of the run, memory per rank."""
-    c, p = config.model, config.parallel
-    n, m = parameters(c), memory(config, world, bf16)
-    flops = sum(training_flops(c, config.dataset.seq_length).values())
+def uses_bf16(config: Config, device_type: str) -> bool:
+    return config.train.precision == "bf16" or (config.train.precision == "auto" and device_type == "cuda")
+
+
+def summary(config: Config, name: str, world: int, device_type: str) -> str:
+    """Parameters, length of the run and layout, a line each."""
+    n, layout = parameters(config.model), Layout.of(config, world)
+    flops = sum(training_flops(config.model, config.dataset.seq_length).values())
     tokens = config.iterations * config.tokens_per_step
-    layout = f"tp={p.tp} ep={p.ep} pp={p.pp} cp={p.cp} on {world} rank{'s' * (world > 1)}"
-    rows = [f"{k} {v / GiB:.1f}" for k, v in vars(m).items()]
+    left = f"dp={layout.dp}" + (f", edp={layout.edp}" if "E" in config.model.hybrid_override_pattern else "")
+    devices = "GPUs" if device_type == "cuda" else "CPUs"
+    precision = "bf16 with fp32 masters" if uses_bf16(config, device_type) else "fp32"
     return (
-        f"{name}: {n.total:,} parameters, {n.active:,} active per token, {flops / 1e9:.3g} GFLOP per trained token\n"
-        f"run: {config.iterations:,} steps of {config.tokens_per_step:,} tokens = {tokens:,} tokens\n"
-        f"memory per rank at {layout}, {'bf16 with fp32 masters' if bf16 else 'fp32'}: "
-        f"{m.total / GiB:.1f} GiB ({', '.join(rows)})"
+        f"{name}: {n.total:,} parameters, {n.active:,} active per token\n"
+        f"run: {config.iterations:,} steps of {config.tokens_per_step:,} tokens = {tokens:,} tokens, "
+        f"{flops / 1e9:.3g} GFLOP per trained token\n"
+        f"layout: {layout} on {counted(world, 'rank')} ({left}), {devices}, {precision}"
     )
 
 
-def check_fits(config: Config, name: str, world: int, device_type: str, ranks_here: int) -> None:
-    """Raise UserError, with the arithmetic and what to run instead, if a rank cannot hold its share.  No allocation."""
-    bf16 = uses_bf16(config, device_type)
-    have = machine_memory(device_type) // (ranks_here if device_type == "cpu" else 1)
-    p = config.parallel
-    laid_out = p.tp * p.ep * p.pp * p.cp > 1
-    ranks = max(world, layout_ranks(config)) if laid_out else world
-    need = memory(config, ranks, bf16 or laid_out)
-    if need.total <= 0.95 * have:
-        return
-    what = f"{world} GPU{'s' * (world > 1)}" if device_type == "cuda" else "no GPU"
+def report(config: Config, name: str, world: int, device_type: str, have: int | None) -> str:
+    """The whole plan, within 100 columns.  have: bytes that a rank may use here; None: the run is for elsewhere."""
+    layout, bf16 = Layout.of(config, world), uses_bf16(config, device_type)
+    micro, B, S = micro_batches(config, layout), config.micro_batch(layout.dp), config.dataset.seq_length
+    each = f"{counted(micro, 'micro-batch', 'es')} of {B} x {S:,} tokens"
     lines = [
-        f"{name} does not fit this machine ({what}, {have / GiB:.1f} GiB for each rank).",
-        report(config, name, ranks, bf16 or laid_out),
+        summary(config, name, world, device_type),
+        f"step: {each} = {micro * B * S:,} tokens on each of {counted(layout.dp, 'replica')} (dp)",
+    ]
+    if layout.tp > 1:
+        lines.append(f"between blocks a rank holds {B * S // layout.tp:,} tokens of a micro-batch")
+    if layout.pp > 1:
+        lines.append(f"pipeline: {layout.pp} stages, idle {idle_share(config, layout):.1%} of the time")
+    found, held = shares(config, layout, stage_spans(config), bf16), memories(config, world, device_type)
+    lines += ["", *stage_table(config, layout, found, held), verdict(max(m.total for m in held), have), ""]
+    sent = [traffic(config, layout, share, bf16) for share in found]
+    most = max(range(layout.pp), key=lambda i: sum(line.bytes for line in sent[i]))
+    return "\n".join([*lines, traffic_table(sent[most], most)] if sent[most] else lines[:-1])
+
+
+def stage_table(config: Config, layout: Layout, found: list[Share], held: list[Memory]) -> list[str]:
+    """What the ranks of each stage hold: layers, parameters by kind, bytes."""
+    lines = []
+    for share in found:
+        flying = peak_in_flight(share.stage, layout.pp, len(share.parts), micro_batches(config, layout))
+        what = counted(flying, "micro-batch", "es") if len(share.parts) == 1 else f"{flying} parts of micro-batches"
+        title = f"stage {share.stage}: {counted(layout.block, 'rank')}, {what} in flight, layers "
+        lines += textwrap.wrap(title + share.letters, 100, subsequent_indent=" " * 9, break_on_hyphens=False)
+    one, unit = unit_for(max(m.total for m in held))
+    kinds, sizes = ("dense", "experts", "embed.", "head", "total"), ("weights", "grads", "optim.", "activ.", "total")
+    lines += [
+        "",
+        f"{'':8}{'million parameters of a rank':>45}  |{f'{unit} of a rank':>40}",
+        f"{'stage':<8}" + "".join(f"{k:>9}" for k in kinds) + "  |" + "".join(f"{k:>8}" for k in sizes),
+    ]
+    for share, m in zip(found, held, strict=True):
+        numbers = [*share.parameters.values(), sum(share.parameters.values())]
+        row = f"{share.stage:<8}" + "".join(f"{x / 1e6:9,.2f}" for x in numbers) + "  |"
+        lines.append(row + "".join(f"{x / one:8.2f}" for x in [*vars(m).values(), m.total]))
+    return lines
+
+
+def counted(n: int, what: str, plural: str = "s") -> str:
+    return f"{n:,} {what}{plural if n != 1 else ''}"
+
+
+def unit_for(most: float) -> tuple[int, str]:
+    return (GiB, "GiB") if most >= GiB else (1 << 20, "MiB")
+
+
+def verdict(need: int, have: int | None) -> str:
+    """Whether so many bytes fit: into what a rank has here, or into which GPU."""
+    one, unit = unit_for(need)
+    needs = f"the fullest rank needs {need / one:.1f} {unit}"
+    if have is not None:
+        return f"{needs}, {have / GiB:.1f} GiB are free: it {'fits' if need <= USABLE * have else 'does not fit'} here"
+    for gpu, size in GPUS.items():
+        if need <= USABLE * size:
+            return f"{needs}: it fits GPUs of {gpu}, which is {size / GiB:.1f} GiB"
+    return f"{needs}, more than any GPU known here has: raise parallel.ep, tp or pp"
+
+
+def dry_run(config: Config, name: str, asked: int | None, device_type: str, ranks_here: int) -> str:
+    """The report for `asked` ranks, or those of torchrun, or those that the layout is for.
+
+    A run on ranks that are not here is planned for GPUs, unless train.device=cpu.  Raises UserError on a layout that
+    does not work.
+    """
+    started = os.environ.get("WORLD_SIZE")
+    world = asked or int(started or layout_ranks(config))
+    check_layout(config, world)
+    elsewhere = (asked is not None or started is None) and world > 1
+    on_gpus = config.train.device == "cuda" or (elsewhere and config.train.device == "auto")
+    planned = "cuda" if on_gpus else device_type
+    have = memory_here(planned, ranks_here) if planned == device_type else None
+    return report(config, name, world, planned, have)
+
+
+def check_fits(config: Config, name: str, world: int, device_type: str, ranks_here: int) -> None:
+    """Raise UserError, with the arithmetic and what to run instead, if a rank cannot hold its share.  No allocation.
+
+    A layout that does not work on these ranks is check_layout's business, unless what it would propose does not fit.
+    """
+    wanted = Layout.of(config, world)
+    here = nearest_layout(config, wanted)  # itself where it works
+    if here is None:
+        return
+    have = memory_here(device_type, ranks_here)
+    need = memory(at(config, here), world, device_type).total
+    if need <= USABLE * have:
+        return
+    what = counted(world, "GPU") if device_type == "cuda" else "no GPU"
+    lines = [
+        f"{name} does not fit this machine ({what}, {have / GiB:.1f} GiB for each rank)",
+        f"on {counted(world, 'rank')} at {here} the fullest rank needs {need / GiB:.1f} GiB",
         f"run instead: {instead(device_type, have)}",
     ]
-    if laid_out:
-        nodes = -(-ranks // 8)
+    size = have if device_type == "cuda" else int(min(GPUS.values()))
+    found = where_it_fits(config, size)
+    if found is None:
         lines.append(
-            f"where it fits: torchrun --nnodes={nodes} --nproc-per-node={min(8, ranks)} train.py --mode pretrain "
-            f"--preset {name}, on {ranks} GPUs with {need.total / 0.95 / GiB:.0f} GiB free each "
-            "(this version is data parallel only and does not run that layout yet)"
+            f"no number of GPUs with {size / GiB:.1f} GiB holds it at {wanted}, nor at tp=4 ep=8: raise parallel.ep, "
+            "parallel.tp or parallel.pp, or set train.recompute=full; --dry-run --world-size N shows a plan"
         )
+    else:
+        there, ranks = found
+        nodes = f"--nnodes={-(-ranks // 8)} --rdzv-backend=c10d --rdzv-endpoint=HEAD:29400" if ranks > 8 else ""
+        changed = [setting for setting in difference(there, name) if setting != "train.device=cpu"]
+        command = shlex.join(["train.py", "--mode", "pretrain", "--preset", name, *changed])
+        m = memory(there, ranks, "cuda")
+        rows = ", ".join(f"{kind} {n / GiB:.1f}" for kind, n in vars(m).items())
+        lines += [
+            f"where it fits: torchrun {nodes or '--standalone'} --nproc-per-node={min(8, ranks)} {command}",
+            *(f"    {line}" for line in summary(there, name, ranks, "cuda").splitlines()),
+            f"    memory of the fullest rank: {m.total / GiB:.1f} GiB ({rows})",
+        ]
     raise UserError("\n  ".join(lines))
+
+
+def where_it_fits(config: Config, have: int, most: int = 1024) -> tuple[Config, int] | None:
+    """A layout and the fewest GPUs, in steps of two, that hold it with so many bytes each: that of the configuration,
+    or else the first of the usual ones for a node of 8 (docs/multi_gpu.md)."""
+    p = config.parallel
+    for tp, ep in ((p.tp, p.ep), (1, 8), (2, 8), (4, 8)):
+        there = at(config, Layout(1, tp, ep, p.pp))
+        ranks = layout_ranks(there)
+        while ranks <= most:
+            works = not objections(there, Layout.of(there, ranks))
+            if works and memory(there, ranks, "cuda").total <= USABLE * have:
+                return there, ranks
+            ranks *= 2
+    return None
+
+
+def at(config: Config, layout: Layout) -> Config:
+    """The configuration with another layout; stages of another number of them are cut by cost."""
+    sizes = {axis: getattr(layout, axis) for axis in ("tp", "ep", "pp")}
+    if all(getattr(config.parallel, axis) == n for axis, n in sizes.items()):
+        return config
+    return replace(config, parallel=replace(config.parallel, **sizes, virtual_pp=1, stages=None))
 
 
 def instead(device_type: str, have: int) -> str:
     """The command for the largest preset that one rank of this machine can train."""
-    from nano3.cli import parser, resolve
-
     fits = []
     for name in PRESETS:
         config, _ = resolve(parser().parse_args(["--mode", "pretrain", "--preset", name]))
         config.parallel = replace(config.parallel, tp=1, ep=1, pp=1, cp=1)
-        if memory(config, 1, uses_bf16(config, device_type)).total <= 0.95 * have:
+        if memory(config, 1, device_type).total <= USABLE * have:
             fits.append((parameters(config.model).total, name))
     if not fits:
         return "a smaller model; no preset fits here"
     total, name = max(fits)
     return f"python train.py --mode pretrain --preset {name}    ({total / 1e6:,.1f} M parameters)"
-
-
-def uses_bf16(config: Config, device_type: str) -> bool:
-    return config.train.precision == "bf16" or (config.train.precision == "auto" and device_type == "cuda")

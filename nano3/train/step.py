@@ -58,7 +58,7 @@ def training_step(
 
     def forward(part: int, micro: int, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
         batch = batches[micro].to(device)
-        out = model(batch.tokens if x is None else x, batch.seq_idx, part=part)
+        out = model(batch.tokens if x is None else x, batch.seq_idx, part=part, real=batch.real)
         loss = None
         if model.is_end(part):
             labels = batch.labels.flatten()
@@ -136,7 +136,7 @@ def evaluate(model: Nano3, batches: Iterable[list[Batch]], config: Config) -> fl
 
         def forward(part: int, micro: int, x: Tensor | None, rows=rows) -> tuple[Tensor, None]:
             batch = rows[micro].to(mesh.device)
-            hidden = model(batch.tokens if x is None else x, batch.seq_idx, part=part).hidden
+            hidden = model(batch.tokens if x is None else x, batch.seq_idx, part=part, real=batch.real).hidden
             if model.is_end(part):
                 labels = batch.labels.flatten()
                 acc = torch.promote_types(model.dtype, torch.float32)

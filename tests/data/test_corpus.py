@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from nano3.config import UserError
 from nano3.data.corpus import EmbeddedText, MockTokens, load_dataset
-from nano3.data.loader import micro_batches
+from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.tokenizer import ByteTokenizer, load_tokenizer
 from tests.train.small import small
 
@@ -50,11 +50,13 @@ def test_every_window_once_per_epoch_then_in_another_order(text: EmbeddedText) -
 def test_a_global_batch_does_not_depend_on_ranks_or_micro_batches(name: str, ranks: int) -> None:
     config = small(f"dataset={name}")
     data = load_dataset(config, ByteTokenizer())
-    whole = [torch.cat(t) for t in zip(*(b[:2] for b in micro_batches(data, "train", 24, 8, 8, 0, 1)), strict=True)]
+    whole = [torch.cat(t) for t in zip(*(b[:2] for b in micro_batches(data, "train", 24, Place(8, 8))), strict=True)]
     assert torch.equal(whole[0][:, 1:], whole[1][:, :-1])
     for micro in (1, 2):
         parts = [
-            torch.cat([b[side] for r in range(ranks) for b in micro_batches(data, "train", 24, 8, micro, r, ranks)])
+            torch.cat(
+                [b[side] for r in range(ranks) for b in micro_batches(data, "train", 24, Place(8, micro, r, ranks))]
+            )
             for side in (0, 1)
         ]
         assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
@@ -108,3 +110,18 @@ def test_bare_ids() -> None:
     for bad in ("x", "3 50", "-1"):
         with pytest.raises(UserError, match="prompt"):
             t.encode(bad)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_the_same_wherever_it_begins_and_whoever_makes_it(workers: int) -> None:
+    data = load_dataset(small("dataset=mock"), ByteTokenizer())
+    place = Place(8, 2, 1, 2)
+    whole = stream(data, "train", 0, place)
+    late = stream(data, "train", 16, place, workers)
+    for _ in range(2):
+        next(whole)
+    for _ in range(3):
+        expected, got = next(whole), next(late)
+        assert len(got) == 2
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(expected, got, strict=True))
+        assert all(torch.equal(a.labels, b.labels) for a, b in zip(expected, got, strict=True))

@@ -79,3 +79,35 @@ def test_a_boundary_matters() -> None:
     without = model(tokens).hidden
     assert relative(with_boundary[:, :9], without[:, :9]) <= 1e-12
     assert relative(with_boundary[:, 9:], without[:, 9:]) > 1e-2
+
+
+def test_padding_changes_nothing() -> None:
+    """Two rows of 13 and 9 tokens, padded to 20: losses, gradients, expert counts and balance losses are their own."""
+
+    def run(rows: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]) -> tuple[list[Tensor], list[list], dict]:
+        losses, reports = [], []
+        for tokens, labels, seq_idx, real in rows:
+            out = model(tokens, seq_idx, real=real)
+            weight = torch.full(labels.flatten().shape, 0.1, dtype=torch.float64)
+            total, each = linear_cross_entropy(out.hidden.flatten(0, 1), model.lm_head.weight, labels.flatten(), weight)
+            (total + 0.3 * sum(b.aux_B.sum() for b in out.balance)).backward()
+            losses.append(each[labels.flatten() != IGNORE])
+            reports.append(out.balance)
+        return losses, reports, gradients(model)
+
+    model = fill_by_hash(our_model(GOLDEN, torch.float64)).train()
+    documents = [torch.randint(128, (n,)) for n in (13, 9)]
+    truth = run([(d[None], next_tokens(d)[None], None, None) for d in documents])
+    place = torch.arange(20)
+    length = torch.tensor([[13], [9]])
+    real = place < length
+    tokens, labels = torch.full((2, 20), 5), torch.full((2, 20), IGNORE)
+    for row, d in enumerate(documents):
+        tokens[row, : len(d)], labels[row, : len(d)] = d, next_tokens(d)
+    padded = run([(tokens, labels, (~real).long(), real)])
+    assert torch.allclose(padded[0][0], torch.cat(truth[0]), rtol=1e-12, atol=0)
+    for layer, report in enumerate(padded[1][0]):
+        assert torch.equal(report.counts_E, sum(r[layer].counts_E for r in truth[1]))
+        assert torch.allclose(report.aux_B, torch.cat([r[layer].aux_B for r in truth[1]]), rtol=1e-12, atol=0)
+    for name, gradient in truth[2].items():
+        assert relative(padded[2][name], gradient) <= 1e-10, name

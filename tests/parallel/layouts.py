@@ -83,16 +83,21 @@ def config_for(overrides: tuple[str, ...]) -> Config:
 
 
 def batches_of(config: Config, step: int, packed: bool, dp_rank: int, dp_size: int) -> list[Batch]:
-    """This rank's micro-batches of random tokens; some are masked, and packed rows have boundaries of their own."""
+    """This rank's micro-batches of random tokens; some are masked, and packed rows have boundaries of their own and
+    padding at their end."""
     g = np.random.default_rng(step)
     rows, S, V = config.train.global_batch_size, config.dataset.seq_length, config.model.vocab_size
     tokens = torch.from_numpy(g.integers(0, V, (rows, S)))
     labels = torch.from_numpy(g.integers(0, V, (rows, S))).where(torch.from_numpy(g.random((rows, S)) > 0.2), -100)
-    seq_idx = torch.from_numpy((g.random((rows, S)) < 0.2).cumsum(1)) if packed else None
+    seq_idx = real = None
+    if packed:
+        real = torch.arange(S) < torch.from_numpy(g.integers(S - 4, S + 1, (rows, 1)))
+        seq_idx = torch.from_numpy((g.random((rows, S)) < 0.2).cumsum(1)).where(real, S)
+        labels = labels.where(real, -100)
     share = rows // dp_size
     starts = range(dp_rank * share, (dp_rank + 1) * share, config.micro_batch(dp_size))
     cut = [slice(i, i + config.micro_batch(dp_size)) for i in starts]
-    return [Batch(tokens[c], labels[c], None if seq_idx is None else seq_idx[c]) for c in cut]
+    return [Batch(tokens[c], labels[c], *((seq_idx[c], real[c]) if packed else ())) for c in cut]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from nano3.config import KINDS, UserError
-from nano3.data.loader import Batch, micro_batches
+from nano3.data.loader import Batch, Place, micro_batches
 from nano3.model.moe import sequence_balance_loss
 from nano3.train import checkpoint
 from nano3.train.step import TrainingError, training_step
@@ -26,7 +26,7 @@ from tests.train.small import ALONE, SHRINK, trainer
 
 def batches(t, first=0):
     c = t.config.train
-    return list(micro_batches(t.data, "train", first, c.global_batch_size, c.micro_batch_size, 0, 1))
+    return micro_batches(t.data, "train", first, Place(c.global_batch_size, c.micro_batch_size))
 
 
 def gradients_of_a_step(t, rows) -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ def gradients_of_a_step(t, rows) -> dict[str, torch.Tensor]:
 def test_gradient_of_a_step_is_the_plain_formula() -> None:
     """Mean token loss plus the coefficient times the mean balance loss of each layer, by autograd on whole logits."""
     t = trainer("model.moe_aux_loss_coeff=0.5", "train.micro_batch_size=4", "model.hybrid_override_pattern=MEE*")
-    (x, y, _), *_ = rows = batches(t)
+    (x, y, *_), *_ = rows = batches(t)
     t.model.train()
     out = t.model(x)
     loss = F.cross_entropy(t.model.logits(out.hidden).flatten(0, 1), y.flatten())
@@ -60,7 +60,7 @@ def test_micro_batches_do_not_change_the_gradient(micro: int) -> None:
 
 def test_masked_tokens_have_no_loss_and_do_not_count() -> None:
     t = trainer("model.moe_aux_loss_coeff=0", "train.micro_batch_size=4")
-    (x, y, _), *_ = batches(t)
+    (x, y, *_), *_ = batches(t)
     y[:, ::3] = -100
     y[1] = -100
     logits = t.model.train().logits(t.model(x).hidden).flatten(0, 1)

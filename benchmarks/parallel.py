@@ -1,0 +1,187 @@
+"""Layouts on one host: tokens/s, scaling against one GPU, memory, bytes sent, and losses beside those of one rank.
+
+    python -m benchmarks.parallel [--ranks 2] [--model tiny nano-cut] [--layouts "tp=2" "ep=2" …] [--out parallel.json]
+
+Starts one torchrun per layout.  `nano-cut` is Nano at full width and fewer layers (--pattern).  Every layout trains on
+the same random tokens, --rows of them to a data-parallel rank, so dp and ep layouts do more work per step than one GPU;
+scaling is tokens/s per GPU against one GPU.  For the losses, all layouts repeat one GPU's global batch in fp32 or bf16:
+steps of a second run, --compare of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nano3.cli import parser, resolve
+from nano3.config import Config
+from nano3.data.loader import Batch
+from nano3.model.init import allocate, initialise
+from nano3.parallel import collectives
+from nano3.parallel.mesh import Mesh, create_mesh
+from nano3.train.checkpoint import build
+from nano3.train.optim import AdamW
+from nano3.train.plan import rank_parts, uses_bf16
+from nano3.train.step import training_step
+
+CALLS = {"all_to_all_single": dist, "all_reduce": dist, "isend": dist}
+CALLS |= {"_reduce_scatter": collectives, "_all_gather": collectives}
+
+
+def config_of(args: argparse.Namespace, layout: str) -> Config:
+    settings = ["--mode", "pretrain", "--preset", "tiny" if args.model == "tiny" else "nano-30b-a3b", "dataset=mock"]
+    if args.model != "tiny":
+        settings += [f"model.hybrid_override_pattern={args.pattern}", f"dataset.seq_length={args.seq_length}"]
+    settings += [f"parallel.{o}" for o in layout.split()]
+    settings += [f"train.global_batch_size={args.batch}", "train.micro_batch_size=1", f"train.device={args.device}"]
+    return resolve(parser().parse_args(settings))[0]
+
+
+def rows(config: Config, mesh: Mesh, step: int) -> list[Batch]:
+    """This rank's rows of the step's global batch, one a micro-batch."""
+    g = torch.Generator().manual_seed(step)
+    shape = (config.train.global_batch_size, config.dataset.seq_length + 1)
+    ids = torch.randint(config.model.vocab_size, shape, generator=g)
+    share = ids.shape[0] // mesh.dp.size
+    return [Batch(r[None, :-1], r[None, 1:]) for r in ids[mesh.dp.rank * share :][:share]]
+
+
+def count_bytes(sent: dict[str, int]) -> None:
+    """Count the bytes that each kind of collective is handed on this rank."""
+
+    def counting(name: str, original: Callable) -> Callable:
+        def counted(*args: object, **kw: object) -> object:
+            tensor = args[0] if name in ("all_reduce", "isend") else args[1]
+            sent[name] = sent.get(name, 0) + tensor.numel() * tensor.itemsize
+            return original(*args, **kw)
+
+        return counted
+
+    for name, module in CALLS.items():
+        setattr(module, name, counting(name.lstrip("_"), getattr(module, name)))
+
+
+def worker(args: argparse.Namespace) -> None:
+    """One rank of one layout: trains, times, and leaves a record."""
+    world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
+    sent: dict[str, int] = {}
+    count_bytes(sent)
+    config = config_of(args, args.worker)
+    mesh = create_mesh(config, world, rank, local)
+    cuda = mesh.device.type == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
+    parts = rank_parts(config, mesh.pp.rank)
+    model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
+    initialise(model, config.model, config.rng.seed)
+    optimizer = AdamW(model, config.optimizer)
+    losses, seconds = [], []
+    for step in range(args.steps):
+        batches = rows(config, mesh, step)
+        if cuda:
+            torch.cuda.synchronize()
+        before, begin = dict(sent), time.perf_counter()
+        report = training_step(model, optimizer, batches, config, mesh, 1e-4, False)
+        optimizer.finish_gather()
+        if cuda:
+            torch.cuda.synchronize()
+        losses.append(report.loss)
+        seconds.append(time.perf_counter() - begin)
+    step_s = statistics.median(seconds[2:])
+    record = {
+        "model": args.model,
+        "layout": args.worker or "alone",
+        "ranks": world,
+        "tokens_per_second": config.tokens_per_step / step_s,
+        "per_gpu": config.tokens_per_step / step_s / world,
+        "step_ms": step_s * 1e3,
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+        "sent_mib": {k: (v - before.get(k, 0)) / 2**20 for k, v in sent.items() if v > before.get(k, 0)},
+        "losses": losses,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+    }
+    if rank == 0:
+        Path(args.record).write_text(json.dumps(record))
+    if world > 1:
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch: int) -> dict | None:
+    """Run one layout in processes of its own.  Returns its record, or None and the reason printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "record.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += ["-m", "benchmarks.parallel", "--worker", layout, "--model", model, "--record", str(record)]
+        for name in ("pattern", "seq_length", "steps", "device"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False, env=env)
+        if not record.exists():
+            print(f"{model} {layout or 'alone'}: failed\n{done.stderr[-3000:]}", flush=True)
+            return None
+        return json.loads(record.read_text())
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ranks", type=int, default=2)
+    p.add_argument("--model", nargs="+", default=["tiny", "nano-cut"])
+    p.add_argument("--layouts", nargs="+", default=["", "tp=2", "ep=2", "tp=2 ep=2", "pp=2"])
+    p.add_argument("--pattern", default="MEM*E", help="layers of nano-cut")
+    p.add_argument("--seq-length", type=int, default=8192)
+    p.add_argument("--rows", type=int, default=1, help="sequences a data-parallel rank trains on per step")
+    p.add_argument("--steps", type=int, default=8)
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--out", default="", metavar="JSON")
+    p.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    p.add_argument("--record", default=None, help=argparse.SUPPRESS)
+    p.add_argument("--batch", type=int, default=0, help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.worker is not None:
+        args.model = args.model[0]
+        worker(args)
+    records = []
+    head = f"{'layout':12} {'ranks':>5} {'batch':>5} {'tokens/s':>10} {'per GPU':>9} {'scaling':>8} {'GiB':>6}"
+    print(f"{'model':9} {head}  MiB handed to collectives per step; worst loss difference from one rank")
+    for model in args.model:
+        alone = {}
+        for layout in args.layouts:
+            asked = dict(o.split("=") for o in layout.split())
+            dp = args.ranks // int(asked.get("tp", 1)) // int(asked.get("pp", 1))
+            batch = args.rows * dp * (4 if "pp" in asked else 1)  # a pipeline needs several to be busy
+            if batch not in alone:
+                alone[batch] = launch(args, model, "", 1, batch)
+                records.append(alone[batch])
+            found = launch(args, model, layout, args.ranks, batch)
+            if found is None or alone[batch] is None:
+                continue
+            records.append(found)
+            pairs = zip(found["losses"], alone[batch]["losses"], strict=True)
+            worst = max(abs(a - b) / abs(b) for a, b in pairs)
+            sent = " ".join(f"{k} {v:,.1f}" for k, v in found["sent_mib"].items())
+            scaling = found["per_gpu"] / alone[batch]["per_gpu"]
+            print(
+                f"{model:9} {layout or 'dp=2':12} {args.ranks:5} {batch:5} {found['tokens_per_second']:10,.0f} "
+                f"{found['per_gpu']:9,.0f} {scaling:8.1%} {found['memory_gib']:6.1f}  {sent}; {worst:.1e}",
+                flush=True,
+            )
+    if args.out:
+        Path(args.out).write_text(json.dumps([r for r in records if r], indent=1))
+    print(json.dumps(records[-1] if records else {}))
+
+
+if __name__ == "__main__":
+    main()
