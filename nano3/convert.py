@@ -1,0 +1,363 @@
+"""Weights from Hugging Face's form into ours and back, to the bit, in the memory of a few buffers.
+
+A model is a list of tensors, a file a list of those, and a tensor a sequence of byte ranges in the files of the other
+side: both directions copy ranges, file by file, several files at once.  What is finished is noted in a journal, and a
+run after a kill goes on from there.  Only a change of dtype looks at the numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from omegaconf import OmegaConf
+
+from nano3.config import ModelConfig, UserError
+from nano3.convert_jobs import Job, Meter, journalled
+from nano3.hf import (
+    FLOATS,
+    FP32,
+    Part,
+    Source,
+    Stored,
+    config_json,
+    is_experts,
+    open_model,
+    our_name,
+    read_config,
+    released_name,
+    shapes,
+    small_files,
+)
+from nano3.hf_files import INDEX, SINGLE, Target, checksum, read_folder, read_header, write_safetensors
+from nano3.model.layout import split_of
+from nano3.train import checkpoint
+from nano3.train.storage import (
+    DTYPES,
+    MANIFEST,
+    NAMES,
+    POINTER,
+    FileRecord,
+    Item,
+    Manifest,
+    Progress,
+    commit,
+    digest,
+    flush,
+    manifest_of,
+    read_manifest,
+    temporary_folder,
+    write_file,
+)
+
+IMPORT_SHARD = 2_000_000_000  # bytes; a killed run repeats at most one file per worker
+EXPORT_SHARD = 5_000_000_000  # as released
+INCOMPLETE = ".incomplete"  # where an export lies, in its folder, until it is whole
+READY = ".ready"  # in there: whole, and being moved to its place
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What import and export have in common."""
+
+    dtype: str | None = None  # safetensors' name
+    max_shard_size: int | None = None  # bytes
+    overwrite: bool = False
+    dry_run: bool = False
+    drop_mtp: bool = False
+    workers: int = 2  # files written at once
+
+
+def components(name: str, rows: int, c: ModelConfig) -> list[tuple[str, int, int]]:
+    """A tensor of ours with so many rows -> its keys in a checkpoint, each with its first row and the one after its
+    last: in_proj and the convolution lie there by component, so that any tensor-parallel layout can read its part."""
+    split = split_of(name, c, 1)
+    if split is None or len(split.pieces) == 1:
+        return [(f"model.{name}", 0, rows)]
+    out, start = [], 0
+    for component, size in zip(split.names, split.pieces, strict=True):
+        out.append((f"model.{name}.{component}", start, start + size))
+        start += size
+    return out
+
+
+def open_checkpoint(path: str | Path, setting: str, strict: bool = True) -> tuple[Source, Manifest]:
+    """The weights in a checkpoint of ours as a source, and its manifest.
+
+    Reads the manifest and headers, no tensor, and no checksum.  strict: see `open_model`.
+    """
+    folder = checkpoint.find(path, setting)
+    manifest = read_manifest(folder, setting)
+    try:
+        config = checkpoint.read_config(folder).model
+        config.validate()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from None
+    spans = {file: read_header(folder / file) for file in manifest.files}
+    entries = {k: e for k, e in manifest.tensors.items() if k.startswith("model.")}
+    tensors, problems = {}, []
+    for name, shape in shapes(config).items():
+        parts, dtypes = [], set()
+        for key, start, stop in components(name, shape[0], config):
+            entry = entries.pop(key, None)
+            if entry is None or entry.shape != (stop - start, *shape[1:]):
+                found = f"has the shape {list(entry.shape)}" if entry else "is missing"
+                problems.append(f"{key} {found}, config.yaml makes it {[stop - start, *shape[1:]]}")
+                continue
+            dtypes.add(NAMES[entry.dtype])
+            for chunk in entry.chunks:
+                span = spans[chunk.file].get(chunk.name)
+                if span is None or (span.shape, span.dtype) != (chunk.shape, NAMES[entry.dtype]):
+                    raise UserError(f"{setting}: {folder / chunk.file} does not hold {chunk.name} as {MANIFEST} says")
+                parts.append(Part(span, (chunk.offsets[0] + start, *chunk.offsets[1:]), chunk.shape))
+        if len(dtypes) == 1:
+            tensors[name] = Stored(dtypes.pop(), shape, parts)
+        elif dtypes:
+            problems.append(f"the components of {name} differ in dtype")
+    if entries:
+        problems.append(f"{len(entries)} unexpected tensors: {', '.join(list(entries)[:3])}")
+    if strict and problems:
+        raise UserError(
+            f"{setting}: {folder}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+        )
+    done = manifest.progress.iteration
+    about = f"checkpoint of nano3, iteration {done}" + (
+        "" if "exp_avg.embeddings.weight" in manifest.tensors else ", weights only"
+    )
+    return Source(folder, config, tensors, problems, about), manifest
+
+
+def new_dtype(name: str, there: str, asked: str | None) -> str:
+    """The dtype of a tensor after a conversion with --dtype: what is in fp32 for its own sake stays so."""
+    if asked is None or (there == "F32" and name.rsplit(".", 1)[-1] in FP32):
+        return there
+    return asked
+
+
+def cast(blocks: Iterable[memoryview], name: str, old: str, new: str) -> Iterator[memoryview]:
+    """The elements in another dtype, rounded to nearest.  Raises UserError if a number does not fit."""
+    for block in blocks:
+        before = torch.frombuffer(block, dtype=DTYPES[old])
+        after = before.to(DTYPES[new])
+        if new == "F16" and (after.isinf() & ~before.isinf()).any():
+            raise UserError(f"--dtype float16: {name} has numbers beyond float16's range; use bfloat16 or float32")
+        yield memoryview(after.view(torch.uint8).numpy())
+
+
+def stream(source: Source, name: str, rows: slice, dtype: str) -> Iterator[memoryview]:
+    """The bytes of some rows of a tensor, in `dtype`."""
+    there = source.tensors[name].dtype
+    blocks = source.stream(name, rows)
+    return blocks if there == dtype else cast(blocks, name, there, dtype)
+
+
+def in_files(things: list[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
+    """Consecutive things in groups of at most `limit` bytes; a larger thing is a group of its own."""
+    groups: list[list[T]] = []
+    room = 0
+    for thing in things:
+        if not groups or size(thing) > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(thing)
+        room -= size(thing)
+    return groups
+
+
+def import_model(model: Path, out: Path, options: Options, meter: Meter) -> str:
+    """Write DIR/iter_0000000 from a Hugging Face folder; `hf/` in it keeps the small files.  Returns what was done."""
+    source = open_model(model, drop_mtp=options.drop_mtp)
+    items = []
+    for name, stored in source.tensors.items():
+        dtype = new_dtype(name, stored.dtype, options.dtype)
+        for key, start, stop in components(name, stored.shape[0], source.config):
+            shape = (stop - start, *stored.shape[1:])
+            data = partial(stream, source, name, slice(start, stop), dtype)
+            items.append(Item(key, DTYPES[dtype], shape, (0,) * len(shape), shape, data))
+    groups = in_files(items, lambda item: item.bytes, options.max_shard_size or IMPORT_SHARD)
+    written = {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+    final = out / "iter_0000000"
+    _check_import_folder(out, final, options.overwrite)
+    total = sum(item.bytes for item in items)
+    what = f"{len(items):,} tensors, {total:,} bytes in {len(groups)} files: {model} -> {final}"
+    if options.dry_run:
+        return f"would import {what}"
+    temporary = temporary_folder(final)
+    jobs = [
+        Job(
+            file,
+            sum(item.bytes for item in group),
+            write=lambda path, progress, group=group: list(write_file(path, group, progress)),
+            check=lambda path: [path.stat().st_size, digest(path)],
+        )
+        for file, group in written.items()
+    ]
+    plan = {"source": _stamp(source), "files": {f: [(i.key, NAMES[i.dtype]) for i in g] for f, g in written.items()}}
+    with journalled(temporary, plan, jobs, options.workers, meter) as done:
+        (temporary / "hf").mkdir(exist_ok=True)
+        for path in small_files(model):
+            shutil.copyfile(path, temporary / "hf" / path.name)
+        (temporary / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(source.config)}))
+        pairs = {file: (FileRecord(*done.records[file]), group) for file, group in written.items()}
+        commit(temporary, final, manifest_of(Progress(), pairs))
+    source.close()
+    return f"imported {what}\n{done}"
+
+
+def _check_import_folder(out: Path, final: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--megatron-path {out} is a file; give a folder")
+    others = [p.name for p in out.glob("iter_*") if p != final]
+    if others:
+        raise UserError(f"--megatron-path {out} holds a run's checkpoints ({max(others)}); import into a new folder")
+    if final.exists() and not overwrite:
+        raise UserError(f"--megatron-path {out} holds an import already; add --overwrite to replace it")
+
+
+def export_model(model: Path | None, path: str, out: Path, options: Options, meter: Meter) -> str:
+    """Write a Hugging Face folder from a checkpoint: released names, dtypes of `model`, its small files.
+
+    model: the folder that the weights came from once, or one with config.json and tokenizer only; None: what the
+    import kept of it.  Returns what was done.
+    """
+    source, manifest = open_checkpoint(path, "--megatron-path")
+    model = source.folder / "hf" if model is None else model
+    if not model.is_dir():
+        raise UserError(f"--hf-model: {source.folder} keeps no files of the model it came from; give its folder")
+    config = config_json(source.config, model, options.dtype, options.drop_mtp)
+    dtypes = _export_dtypes(source, model, manifest, options.dtype)
+    checked = _Checked(source, manifest)
+    targets = []
+    for name, stored in source.tensors.items():
+        for i in range(stored.shape[0]) if is_experts(name) else [None]:
+            rows = slice(None) if i is None else slice(i, i + 1)
+            shape = stored.shape if i is None else stored.shape[1:]
+            data = partial(checked.stream, name, rows, dtypes[name])
+            targets.append(Target(released_name(name, i), dtypes[name], shape, data))
+    groups = in_files(targets, lambda t: t.bytes, options.max_shard_size or EXPORT_SHARD)
+    n = len(groups)
+    written = (
+        {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, 1)} if n > 1 else {SINGLE: groups[0]}
+    )
+    _check_export_folder(out, model, source.folder, options.overwrite)
+    total = sum(t.bytes for t in targets)
+    what = f"{len(targets):,} tensors, {total:,} bytes in {n} files: {source.folder} -> {out}"
+    if options.dry_run:
+        return f"would export {what}"
+    jobs = [
+        Job(
+            file,
+            sum(t.bytes for t in group),
+            write=lambda path, progress, group=group: list(write_safetensors(path, group, progress)),
+            check=lambda path: list(checksum(path)),
+        )
+        for file, group in written.items()
+    ]
+    plan = {
+        "source": _stamp(source),
+        "files": {f: [(t.name, t.dtype) for t in g] for f, g in written.items()},
+    }
+    temporary = out / INCOMPLETE
+    with journalled(temporary, plan, jobs, options.workers, meter) as done:
+        last = []  # a folder without these two is not taken for a model
+        if n > 1:
+            index = {t.name: file for file, group in written.items() for t in group}
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}, indent=2)
+            (temporary / INDEX).write_text(text + "\n")
+            last.append(INDEX)
+        (temporary / "config.json").write_bytes(config)
+        last.append("config.json")
+        others = [p for p in small_files(model) if p.name not in last]
+        for p in others:
+            shutil.copyfile(p, temporary / p.name)
+        _publish(temporary, out, [*written, *(p.name for p in others), *last])
+    source.close()
+    return f"exported {what}\n{done}"
+
+
+def _export_dtypes(source: Source, model: Path, manifest: Manifest, asked: str | None) -> dict[str, str]:
+    """The dtype of each tensor in an export.
+
+    That of the reference's weights; where it has none, what an import has brought, and for trained weights what its
+    config.json says (fp32 for A_log, D and the selection bias, as released).  --dtype goes over that.
+    """
+    there: dict[str, str] = {}
+    if any((model / n).exists() for n in (INDEX, SINGLE)):
+        there = {our_name(name)[0]: span.dtype for name, span in read_folder(model).items()}
+    _, raw = read_config(model, drop_mtp=True)
+    names = {str(d).removeprefix("torch."): n for n, d in ((n, DTYPES[n]) for n in FLOATS)}
+    usual = names.get(raw.get("dtype") or raw.get("torch_dtype"))
+    out = {}
+    for name, stored in source.tensors.items():
+        dtype = there.get(name)
+        if dtype not in FLOATS:
+            keep = usual is None or manifest.progress.iteration == 0
+            dtype = stored.dtype if keep else "F32" if name.rsplit(".", 1)[-1] in FP32 else usual
+        out[name] = new_dtype(name, dtype, asked)
+    return out
+
+
+class _Checked:
+    """A checkpoint's bytes, each file compared with its checksum before the first of them is used.
+
+    At the time a file is copied, not before: then it is read from the disk once.
+    """
+
+    def __init__(self, source: Source, manifest: Manifest) -> None:
+        self.source, self.manifest = source, manifest
+        self.locks = {source.folder / file: threading.Lock() for file in manifest.files}
+        self.sound: set[Path] = set()
+
+    def stream(self, name: str, rows: slice, dtype: str) -> Iterator[memoryview]:
+        for path in {part.span.path for part in self.source.tensors[name].parts}:
+            with self.locks[path]:
+                if path not in self.sound and digest(path) != self.manifest.files[path.name].sha256:
+                    good = checkpoint.remedy(path.parent.parent, path.parent)
+                    raise UserError(f"--megatron-path: {path} was altered: its checksum is not the manifest's{good}")
+                self.sound.add(path)
+        yield from stream(self.source, name, rows, dtype)
+
+
+def _stamp(source: Source) -> list[tuple[str, int, int]]:
+    """What tells whether a source is still the same: its files with sizes and times."""
+    paths = {part.span.path for t in source.tensors.values() for part in t.parts}
+    return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
+
+
+def _check_export_folder(out: Path, model: Path, source: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--hf-path {out} is a file; give a folder")
+    if not out.exists():
+        return
+    for folder in (model, source):
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--hf-path {out} holds {folder}, which is being read; give another folder")
+    if (out / POINTER).exists() or (out / MANIFEST).exists() or any(out.glob("iter_*")):
+        raise UserError(f"--hf-path {out} holds checkpoints; give a folder of its own")
+    ours = [p for p in out.iterdir() if not p.name.startswith(INCOMPLETE)]
+    if ours and not overwrite and not (out / INCOMPLETE / READY).exists():
+        raise UserError(f"--hf-path {out} is not empty ({ours[0].name}); add --overwrite to replace a model there")
+
+
+def _publish(temporary: Path, out: Path, names: list[str]) -> None:
+    """Move a whole export to its place; an older one goes first, config.json before all: no mixture is ever a model."""
+    for path in temporary.iterdir():
+        flush(path)
+    (temporary / READY).touch()
+    flush(temporary)
+    stale = ["config.json", INDEX, *(p.name for p in out.glob("*.safetensors"))]
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
+    flush(out)
+    for name in names:
+        (temporary / name).replace(out / name)
+    flush(out)
+    shutil.rmtree(temporary)

@@ -1,0 +1,185 @@
+"""Files written by several threads, with a journal: a run after a kill writes only what was not finished."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from nano3.config import UserError
+from nano3.hf_files import reason
+
+Record = list[int | str]  # a file's size and checksum
+
+
+class Job(NamedTuple):
+    """A file to be written.  `write` gives its record, and tells its second argument of bytes; `check` finds the
+    record of a file that exists."""
+
+    file: str
+    bytes: int  # of tensors
+    write: Callable[[Path, Callable[[int], None]], Record]
+    check: Callable[[Path], Record]
+
+
+class Meter:
+    """Told of the bytes that are moved; this one does not care."""
+
+    def start(self, total: int) -> None: ...
+
+    def advance(self, count: int) -> None: ...
+
+
+class Bar(Meter):
+    """Bytes, speed and time left, on the terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.task = progress, progress.add_task("", total=None)
+
+    def start(self, total: int) -> None:
+        self.progress.update(self.task, total=total)
+
+    def advance(self, count: int) -> None:
+        self.progress.update(self.task, advance=count)
+
+
+@contextmanager
+def bar(hidden: bool = False) -> Iterator[Meter]:
+    """A bar on stderr while the body runs; nothing where stderr is not a terminal."""
+    console = Console(stderr=True)
+    if hidden or not console.is_terminal:
+        yield Meter()
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def journal_of(temporary: Path) -> Path:
+    return temporary.with_name(f"{temporary.name}.journal")
+
+
+@dataclass
+class Written:
+    """What `journalled` has written: the files' records, and how much this run wrote in which time."""
+
+    records: dict[str, Record]
+    bytes: int
+    start: float
+
+    def __str__(self) -> str:
+        seconds = time.perf_counter() - self.start
+        return f"{self.bytes:,} bytes written in {seconds:.1f} s ({self.bytes / 1e9 / seconds:.2f} GB/s)"
+
+
+@contextmanager
+def journalled(temporary: Path, plan: dict[str, Any], jobs: list[Job], workers: int, meter: Meter) -> Iterator[Written]:
+    """Write the jobs' files into the folder `temporary`, then run the body, which makes something whole of them, and
+    forget the journal.
+
+    Files that an earlier run finished are recognised by plan, size and checksum, and are not written again.  Raises
+    UserError if the disk refuses, or if another process works on the same.
+    """
+    key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(journal_of(temporary), "a+") as journal:
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{temporary.parent}: another process is converting into this folder") from None
+            records = _finished(journal, key, temporary, jobs)
+            todo = [job for job in jobs if job.file not in records]
+            _check_space(temporary, sum(job.bytes for job in todo))
+            meter.start(sum(job.bytes for job in jobs))
+            meter.advance(sum(job.bytes for job in jobs if job.file in records))
+            written = Written(records, sum(job.bytes for job in todo), time.perf_counter())
+            _run(todo, temporary, journal, records, workers, meter)
+            yield written
+        journal_of(temporary).unlink()
+    except OSError as error:
+        raise UserError(f"{temporary.parent}: {reason(error)}; what is finished is kept, run again to go on") from None
+
+
+def _finished(journal: Any, key: str, temporary: Path, jobs: list[Job]) -> dict[str, Record]:
+    """What an earlier run finished; starts the journal anew if there is none of the same plan."""
+    journal.seek(0)
+    lines = []
+    for text in journal:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:  # the kill came while it was written
+            break
+    if not lines or lines[0] != {"plan": key} or not temporary.is_dir():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        journal.truncate(0)
+        _note(journal, {"plan": key})
+        return {}
+    checks = {job.file: job.check for job in jobs}
+    found = {line["file"]: line["record"] for line in lines[1:]}
+    return {
+        file: record
+        for file, record in found.items()
+        if file in checks and (temporary / file).is_file() and checks[file](temporary / file) == record
+    }
+
+
+def _note(journal: Any, line: dict[str, Any]) -> None:
+    journal.write(json.dumps(line) + "\n")
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder.parent}: {needed:,} bytes are to be written and {free:,} are free there; make room")
+
+
+def _run(
+    jobs: list[Job], temporary: Path, journal: Any, records: dict[str, Record], workers: int, meter: Meter
+) -> None:
+    lock, stop = threading.Lock(), threading.Event()
+
+    def progress(count: int) -> None:
+        if stop.is_set():
+            raise _Stopped
+        with lock:
+            meter.advance(count)
+
+    def run(job: Job) -> None:
+        progress(0)
+        record = job.write(temporary / job.file, progress)
+        with lock:
+            records[job.file] = record
+            _note(journal, {"file": job.file, "record": record})
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run, job) for job in jobs]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # also when the user interrupts
+            failed = any(f.done() and f.exception() for f in futures)
+            if failed or not all(f.done() for f in futures):
+                stop.set()
+    errors = [e for f in futures if (e := f.exception()) is not None and not isinstance(e, _Stopped)]
+    if errors:
+        raise errors[0]
