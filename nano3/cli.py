@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--config-file", metavar="YAML", help="settings laid over the preset, e.g. the config.yaml of an earlier run"
     )
+    p.add_argument(
+        "--per-split-data-args-path", metavar="JSON", help="blend of .bin/.idx files for train, valid and test"
+    )
     p.add_argument("--tokenizer-model", metavar="PATH", help="'bytes', a Hugging Face folder, or a tokenizer.json")
     p.add_argument("--seq-length", metavar="N", help="tokens per sequence")
     p.add_argument("--dry-run", action="store_true", help="print parameters, FLOPs and memory, then stop")
@@ -54,7 +57,11 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
         raise UserError(
             f"--preset {name}: there is no such preset{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
         )
-    flags = {"tokenizer.tokenizer_model": args.tokenizer_model, "dataset.seq_length": args.seq_length}
+    flags = {
+        "dataset.per_split_data_args_path": args.per_split_data_args_path,
+        "tokenizer.tokenizer_model": args.tokenizer_model,
+        "dataset.seq_length": args.seq_length,
+    }
     layers = [
         (f"preset {name}", PRESETS[name]),
         (args.config_file or "", read_yaml(args.config_file) if args.config_file else {}),
