@@ -218,9 +218,9 @@ class Blend:
         for s, taken in enumerate(self._turns[b].tolist()):
             mine = np.flatnonzero(source == s)
             turn[mine] = np.arange(taken, taken + len(mine))
+        if len(self._blocks) > 1:  # a batch lies in one block or two
+            del self._blocks[next(iter(self._blocks))]  # the one loaded first
         self._blocks[b] = (source, turn)
-        while len(self._blocks) > 2:
-            del self._blocks[min(self._blocks)]
 
     def _order(self, b: int) -> np.ndarray:
         """The sources of steps b BLOCK + 1 … (b + 1) BLOCK, (BLOCK,) uint8 or uint16."""

@@ -66,8 +66,9 @@ class Cache:
     """Arrays that took time to build, in files that are verified when they are read.
 
     `folder` is tried first, then a folder of this user in the system's temporary folder; where neither can be
-    written, nothing is kept.  A file holds a line of JSON (key, and for each array its name, type, length, place and
-    CRC-32), then the arrays, which are mapped.  Names carry a hash of the key: whatever changes the content changes it.
+    written, nothing is kept.  A file holds a line of text (a CRC-32 and JSON: the key, and for each array its name,
+    type, length, place and CRC-32), then the arrays, which are mapped.  Names carry a hash of the key: whatever
+    changes the content changes the name.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -117,6 +118,7 @@ def _write(path: Path, key: str, arrays: dict[str, np.ndarray]) -> None:
         table.append([name, a.dtype.newbyteorder("<").str, len(a), at, zlib.crc32(a)])
         at += -(-a.nbytes // 64) * 64
     head = json.dumps({"key": key, "arrays": table}).encode()
+    head = f"{zlib.crc32(head):08x} ".encode() + head
     head = head.ljust(-(-(len(head) + 1) // 64) * 64 - 1) + b"\n"  # the arrays begin at a multiple of 64
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -140,8 +142,9 @@ def _read(path: Path, key: str) -> dict[str, np.ndarray] | None:
         raw = np.memmap(path, mode="r", dtype=np.uint8)
         with path.open("rb") as f:
             line = f.readline(1 << 20)
-        head = json.loads(line)
-        if head["key"] != key:
+        checksum, _, text = line.rstrip().partition(b" ")
+        head = json.loads(text)
+        if int(checksum, 16) != zlib.crc32(text) or head["key"] != key:
             return None
         arrays = {}
         for name, dtype, n, at, checksum in head["arrays"]:
