@@ -75,6 +75,8 @@ class TiktokenTokenizer:
                 f"tokenizer.tokenizer_model={name}: this vocabulary needs the tiktoken package; pip install tiktoken"
             ) from None
         self.specials, self.eod = specials, eod
+        self.named = {n: s for n, s in (("bos_token", "<s>"), ("pad_token", "<pad>")) if s in specials}
+        self.named["eos_token"] = next(s for s, i in specials.items() if i == eod)
         self.vocab_size = max(*ranks.values(), *specials.values()) + 1
         self._bpe = tiktoken.Encoding(
             name, pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=dict(specials)
@@ -148,12 +150,9 @@ def load_openai(path: Path, options: TiktokenOptions = NVIDIA) -> TiktokenTokeni
         try:
             written, number_of = line.split()
             token, rank = base64.b64decode(written, validate=True), int(number_of)
-        except (ValueError, binascii.Error) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{setting}:{number}: expected a token in base64 and its rank, found {line[:40]!r}"
-            ) from None
+        except (ValueError, binascii.Error):
+            raise UserError(f"{setting}:{number}: expected a token in base64, rank; found {line[:40]!r}") from None
+        _add(ranks, token, rank, 0, f"{setting}:{number}")
     _need_bytes(ranks, setting)
     known = OPENAI_FILES.get(len(ranks))
     if known is None and options.pattern is None:

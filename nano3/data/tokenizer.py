@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
     stop_ids: tuple[int, ...]  # ids that end a generated text
     specials: dict[str, int]  # control tokens: their written form -> id
     chat_template: str | None  # the Jinja text that came with the tokenizer
+    named: dict[str, str]  # what a template may ask for by name: bos_token, eos_token, ...
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """special: whether control tokens written in `text` become their ids, or stay text like any other."""
@@ -41,6 +42,7 @@ class ByteTokenizer:
 
     vocab_size, eod, stop_ids = 256, 0, (0,)
     specials: ClassVar[dict[str, int]] = {}
+    named: ClassVar[dict[str, str]] = {}
     chat_template: str | None = None
 
     def encode(self, text: str, special: bool = True) -> list[int]:
@@ -59,6 +61,7 @@ class IdTokenizer:
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.specials: dict[str, int] = {}
+        self.named: dict[str, str] = {}
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         try:
@@ -100,6 +103,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max([len(self._inner) - 1, *self.specials.values()]) + 1
         self.eod = next((i for i in (self._inner.eos_token_id, self._inner.pad_token_id) if i is not None), 0)
         self.stop_ids = tuple(sorted({self.eod, *(i for s, i in self.specials.items() if s in END_TOKENS)}))
+        self.named = {k: v for k, v in self._inner.special_tokens_map.items() if isinstance(v, str)}
         template = self._inner.chat_template
         self.chat_template = template.get("default") if isinstance(template, dict) else template
 
@@ -157,6 +161,8 @@ class SentencePieceTokenizer:
         self.specials = {
             piece: i for i in marked if not (piece := self._inner.id_to_piece(i)).replace("▁", " ").isspace()
         }
+        ids = {"bos_token": self._inner.bos_id(), "eos_token": self._inner.eos_id(), "pad_token": self._inner.pad_id()}
+        self.named = {k: self._inner.id_to_piece(i) for k, i in ids.items() if i >= 0}
         eos = self._inner.eos_id()
         self.eod = eos if eos >= 0 else max(self._inner.pad_id(), 0)
         self.stop_ids = tuple(sorted({self.eod, *(i for s, i in self.specials.items() if s in END_TOKENS)}))
