@@ -49,7 +49,10 @@ def parse(line: bytes, place: str) -> Record | RecordError:
 
 
 def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Record]]:
-    """The rows of one split of a data set of the `datasets` package: a hub id, or a folder that it can read."""
+    """The rows of one split of a data set of the `datasets` package: a hub id, or a folder that it can read.
+
+    Loads before it returns, so that what is missing is said at once.
+    """
     try:
         import datasets
     except ImportError:
@@ -64,8 +67,7 @@ def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str
             f"dataset.name={name} (split {split}) could not be loaded: {reason}; "
             "a local file works offline: dataset.path=FILE"
         ) from None
-    for i, row in enumerate(rows):
-        yield f"{name}[{split}][{i}]", row
+    return ((f"{name}[{split}][{i}]", row) for i, row in enumerate(rows))
 
 
 def rename(record: Record, columns: dict[str, str], place: str) -> Record:
