@@ -30,7 +30,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import jinja2
@@ -208,7 +208,7 @@ class ChatFormat:
         ends = [m.end() for m in self._control.finditer(text) if self._is_end(m[0])]
         starts = [m.start() for m in re.finditer(re.escape(self._header), text)]
         turns = []
-        for start, next_start in zip(starts, [*starts[1:], len(text) + 1], strict=True):
+        for start, next_start in pairwise([*starts, len(text) + 1]):
             prompt = next(p for p in self._prompts if text.startswith(p, start))
             begin = start + len(prompt)
             end = next((e for e in ends if begin < e < next_start), None)

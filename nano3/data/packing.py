@@ -41,7 +41,7 @@ def pack(lengths: Sequence[int], size: int, window: int = WINDOW) -> list[list[i
     lengths = np.asarray(lengths, dtype=np.int64)
     if window < 1:
         raise ValueError(f"window={window} must be at least 1")
-    if len(lengths) and not (1 <= lengths.min() and lengths.max() <= size):
+    if len(lengths) and not (lengths.min() >= 1 and lengths.max() <= size):
         raise ValueError(f"lengths from {lengths.min()} to {lengths.max()} do not fit rows of {size} tokens")
     bins: list[list[int]] = []
     for start in range(0, len(lengths), window):
@@ -165,7 +165,7 @@ def write_packed(path: Path, documents: Documents, size: int, tokenizer: str) ->
 
 
 class PackedFile:
-    """The rows of a file that `write_packed` wrote.  The file is mapped, not read.
+    """The rows of a file that `write_packed` wrote, in memory as int32.
 
     Raises UserError if it is no such file, or was made for longer rows or a larger vocabulary than asked for.
     """
@@ -173,7 +173,7 @@ class PackedFile:
     def __init__(self, path: Path, size: int, vocab_size: int) -> None:
         arrow, parquet = _arrow()
         try:
-            self._table = parquet.read_table(path, memory_map=True)
+            self._table = parquet.read_table(path)
             self.about = json.loads(parquet.read_metadata(path).metadata[META])
         except (OSError, KeyError, TypeError, ValueError, arrow.ArrowException) as error:
             reason = " ".join(str(error).split())[:200]
