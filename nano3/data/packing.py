@@ -2,8 +2,9 @@
 
 A row has a fixed number of tokens.  `seq_idx` numbers its documents, so that convolution, SSD and attention start anew
 at each; what is left of the row is padding, a document of its own at the end, whose labels are IGNORE: no state reaches
-it that matters, and none comes from it.  Rows are made from the samples' lengths alone, so neither tp, cp nor the
-micro-batch has a say in what is packed with what; without packing, a row is made of one sample in the same way.
+it that matters, and none comes from it.  Its number is PADDING, so whoever counts tokens can leave it out.  Rows are
+made from the samples' lengths alone, so neither tp, cp nor the micro-batch has a say in what is packed with what;
+without packing, a row is made of one sample in the same way.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nano3.config import UserError
 from nano3.data.supervised import IGNORE, Sample, Samples
 
 WINDOW = 8192  # samples that are packed together: more hardly fill rows better, fewer keep their order better
+PADDING = (1 << 30) - 1  # larger than any document's number, since these never decrease along a row; fits int32
 META = b"nano3.packed"
 
 
@@ -28,7 +30,7 @@ class Row(NamedTuple):
 
     tokens: np.ndarray
     labels: np.ndarray
-    seq_idx: np.ndarray  # the document of each token, from 0; the padding is one more document, the last
+    seq_idx: np.ndarray  # the document of each token, from 0, or PADDING
 
 
 def pack(lengths: Sequence[int], size: int, window: int = WINDOW) -> list[list[int]]:
@@ -65,7 +67,7 @@ def row_of(documents: Sequence[Sample], size: int, pad: int) -> Row:
         raise ValueError(f"documents of {sum(lengths)} tokens do not fit a row of {size}")
     tokens = np.concatenate([*(d.tokens for d in documents), np.full(left, pad)]).astype(np.int64)
     labels = np.concatenate([*(d.labels for d in documents), np.full(left, IGNORE)]).astype(np.int64)
-    return Row(tokens, labels, np.repeat(np.arange(len(lengths) + 1), [*lengths, left]))
+    return Row(tokens, labels, np.repeat([*range(len(lengths)), PADDING], [*lengths, left]))
 
 
 class Documents(Protocol):

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from nano3.config import ModelConfig, UserError
 from nano3.data import supervised
-from nano3.data.packing import Packed, PackedFile, Row, Rows, efficiency, pack, row_of, write_packed
+from nano3.data.packing import PADDING, Packed, PackedFile, Row, Rows, efficiency, pack, row_of, write_packed
 from nano3.data.supervised import Reader, Sample, Samples, SupervisedOptions, Tally, collect
 from nano3.data.tokenizer import load_tokenizer
 from nano3.model.model import Nano3
@@ -76,7 +76,7 @@ def test_lengths_that_do_not_fit_are_refused() -> None:
 def test_a_row_is_its_documents_and_padding() -> None:
     a, b = Sample(np.array([5, 6]), np.array([IGNORE, 7])), Sample(np.array([8]), np.array([9]))
     row = row_of([a, b], 5, 3)
-    assert [t.tolist() for t in row] == [[5, 6, 8, 3, 3], [IGNORE, 7, 9, IGNORE, IGNORE], [0, 0, 1, 2, 2]]
+    assert [t.tolist() for t in row] == [[5, 6, 8, 3, 3], [IGNORE, 7, 9, IGNORE, IGNORE], [0, 0, 1, PADDING, PADDING]]
     assert {t.dtype for t in row} == {np.dtype(np.int64)}
     assert row_of([a, b], 3, 3).seq_idx.tolist() == [0, 0, 1]  # a full row has no padding
 
@@ -89,8 +89,8 @@ def test_every_sample_once_an_epoch(window: int) -> None:
     assert (count == 60) == (window == 0)
 
     def documents(row: Row) -> list[tuple]:
-        ends = [np.flatnonzero(row.seq_idx == d) for d in range(row.seq_idx[-1] + 1)]
-        return [(*row.tokens[at].tolist(), *row.labels[at].tolist()) for at in ends if (row.labels[at] != IGNORE).any()]
+        places = [np.flatnonzero(row.seq_idx == d) for d in np.unique(row.seq_idx) if d != PADDING]
+        return [(*row.tokens[at].tolist(), *row.labels[at].tolist()) for at in places]
 
     want = sorted((*s.tokens.tolist(), *s.labels.tolist()) for s in samples)
     epochs = [[rows.row("train", e * count + i) for i in range(count)] for e in range(2)]
@@ -192,7 +192,7 @@ def test_a_packed_row_with_padding_trains_like_its_documents(real_samples: list[
     size = 250
     packed = Packed(collect(real_samples), size)
     rows = [row_of(documents, size, 0) for documents in packed]
-    assert any((row.tokens[-5:] == 0).all() for row in rows)  # there is padding
+    assert any((row.seq_idx[-5:] == PADDING).all() for row in rows)
     total = []
     for row in rows:
         loss, each = loss_of(model, row)
@@ -212,7 +212,7 @@ def test_a_packed_row_with_padding_trains_like_its_documents(real_samples: list[
 
 
 def test_what_the_padding_says_does_not_matter(real_samples: list[Sample]) -> None:
-    """Other ids in it: the same losses and gradients, but for the last bits, since the experts' products have other rows."""
+    """Other ids in it: the same losses and gradients, but for last bits: the experts' products have other rows."""
     config = ModelConfig(**{**vars(GOLDEN), "vocab_size": 512})
     model = fill_by_hash(our_model(config, torch.float64)).train()
     found = []
