@@ -13,7 +13,7 @@ from nano3.data import blend as module
 from nano3.data.blend import Blend, Source, load_blend, read_blend
 from nano3.data.corpus import load_dataset, tokenizer_name
 from nano3.data.indexed import IndexedDataset, IndexedWriter
-from nano3.data.loader import micro_batches
+from nano3.data.loader import Place, micro_batches
 from nano3.data.sampling import Cache
 from nano3.data.tokenizer import load_tokenizer
 
@@ -281,8 +281,8 @@ def test_the_command_of_nvidias_page(folder: Path) -> None:
     assert origin(data, "valid", 10).tolist() == [0, 0, 10]
     assert (folder / "cache").is_dir()
     assert not (folder / "nano3_index").exists()
-    whole = torch.cat([b.tokens for b in micro_batches(data, "train", 16, 8, 8, 0, 1)])
-    parts = [b.tokens for r in range(4) for b in micro_batches(data, "train", 16, 8, 1, r, 4)]
+    whole = torch.cat([b.tokens for b in micro_batches(data, "train", 16, Place(8, 8))])
+    parts = [b.tokens for r in range(4) for b in micro_batches(data, "train", 16, Place(8, 1, r, 4))]
     assert torch.equal(torch.cat(parts), whole)
 
 
