@@ -157,10 +157,10 @@ class SentencePieceTokenizer:
                 f"tokenizer.tokenizer_model={path}: not a SentencePiece model ({error}); {ACCEPTED}"
             ) from None
         self.vocab_size = self._inner.get_piece_size()
-        marked = (i for i in range(self.vocab_size) if self._inner.is_control(i) or self._inner.is_user_defined(i))
-        self.specials = {
-            piece: i for i in marked if not (piece := self._inner.id_to_piece(i)).replace("▁", " ").isspace()
-        }
+        # The package does not say which pieces its user defined; those that control anything are written in brackets.
+        pieces = {i: self._inner.id_to_piece(i) for i in range(self.vocab_size) if not self._inner.is_byte(i)}
+        pieces.pop(self._inner.unk_id(), None)
+        self.specials = {p: i for i, p in pieces.items() if self._inner.is_control(i) or re.fullmatch("<.+>", p)}
         ids = {"bos_token": self._inner.bos_id(), "eos_token": self._inner.eos_id(), "pad_token": self._inner.pad_id()}
         self.named = {k: self._inner.id_to_piece(i) for k, i in ids.items() if i >= 0}
         eos = self._inner.eos_id()

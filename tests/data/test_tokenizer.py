@@ -34,7 +34,7 @@ TEXT = (
 WORDS = TEXT.split(" ")
 SPACES = [" ", "  ", "\t", "\n", "\r\n", "\n\n\n", "   \n  ", "\u00a0", "\u3000", "\u2028", ""]
 PLANES = [range(0x20, 0x250), range(0x370, 0x2100), range(0x3040, 0xD800), range(0x10000, 0x20000, 17)]  # no surrogates
-MARKS = ["!", "...", "//\n", "<|", "</", "s>", "'", "\0", "\u200b", "\ufeff", "{}[]", "\u0301"]
+MARKS = ["!", "...\n/", ";\n//", "...", "//\n", "<|", "</", "s>", "'", "\0", "\u200b", "\ufeff", "{}[]", "\u0301"]
 
 
 def merge(word: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -68,7 +68,7 @@ def encode(text: str, ranks: dict[bytes, int], pattern: str, specials: dict[str,
 def ranks() -> dict[bytes, int]:
     """All bytes, then a thousand tokens or more, each two neighbours of a word as encoded so far."""
     draw = random.Random(0)
-    words = [p for w in WORDS for p in (w, " " + w)] + ["    ", "\n\n", "\r\n", " \n", "...", "//\n"]
+    words = [p for w in WORDS for p in (w, " " + w)] + ["    ", "\n\n", "\r\n", " \n", "...", "//\n", "...\n/", ";\n//"]
     words += [" " + w for w in Path(random.__file__).read_text().split()]
     found = {bytes([i]): i for i in range(256)}
     for _ in range(6000):
@@ -295,8 +295,8 @@ class StandIn:
     def is_control(self, i: int) -> bool:
         return i in (1, 2)
 
-    def is_user_defined(self, i: int) -> bool:
-        return i in (3, 4)
+    def is_byte(self, i: int) -> bool:
+        return False
 
     def unk_id(self) -> int:
         return 0
