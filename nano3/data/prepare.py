@@ -169,8 +169,34 @@ def work(job: Job, tasks: multiprocessing.Queue, results: multiprocessing.Queue)
         pass
 
 
-def run_pieces(job: Job, pieces: dict[int, Piece], workers: int, say: Callable[[str], None]) -> dict[int, dict]:
+class Progress:
+    """What has been done and how fast, said every other second."""
+
+    def __init__(self, pieces: int, say: Callable[[str], None]) -> None:
+        self.pieces, self.say, self.done, self.size, self.ids = pieces, say, 0, 0, 0
+        self.start = self.shown = time.monotonic()
+
+    def add(self, size: int, ids: int, pieces: int = 0) -> None:
+        self.size, self.ids, self.done = self.size + size, self.ids + ids, self.done + pieces
+        now = time.monotonic()
+        if now - self.shown > 2 or self.done == self.pieces:
+            self.shown, t = now, max(now - self.start, 1e-9)
+            self.say(
+                f"{self.done}/{self.pieces} pieces, {self.size / 1e6:,.0f} MB of text, {self.ids:,} tokens; "
+                f"{self.size / 1e6 / t:,.2f} MB/s, {self.ids / t:,.0f} tokens/s"
+            )
+
+
+def run_pieces(
+    job: Job, pieces: dict[int, Piece], workers: int, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> dict[int, dict]:
     """Convert every piece, `workers` at a time; returns their records.  Raises UserError; what is finished stays."""
+    progress, records = Progress(len(pieces), say), {}
+    if workers == 1:
+        for number, piece in pieces.items():
+            records[number] = convert(job, number, piece, tokenizer, progress.add)
+            progress.add(0, 0, 1)
+        return records
     context = multiprocessing.get_context("spawn")  # a forked tokenizer may hold locks of threads that are gone
     tasks, results = context.Queue(), context.Queue()
     for task in [*pieces.items(), *[None] * workers]:
@@ -178,8 +204,6 @@ def run_pieces(job: Job, pieces: dict[int, Piece], workers: int, say: Callable[[
     crew = [context.Process(target=work, args=(job, tasks, results), daemon=True) for _ in range(workers)]
     for p in crew:
         p.start()
-    records, size, ids, start = {}, 0, 0, time.monotonic()
-    shown = start
     try:
         while len(records) < len(pieces):
             try:
@@ -195,15 +219,9 @@ def run_pieces(job: Job, pieces: dict[int, Piece], workers: int, say: Callable[[
                 raise UserError(rest[0])
             if kind == "done":
                 records[rest[0]] = rest[1]
+                progress.add(0, 0, 1)
             else:
-                size, ids = size + rest[0], ids + rest[1]
-            now = time.monotonic()
-            if now - shown > 2 or len(records) == len(pieces):
-                shown, t = now, max(now - start, 1e-9)
-                say(
-                    f"{len(records)}/{len(pieces)} pieces, {size / 1e6:,.0f} MB of text, {ids:,} tokens; "
-                    f"{size / 1e6 / t:,.2f} MB/s, {ids / t:,.0f} tokens/s"
-                )
+                progress.add(*rest)
     finally:
         for p in crew:
             if len(records) < len(pieces):
@@ -261,7 +279,7 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Pat
                 say(f"{len(records)} of {len(pieces)} pieces were finished before")
             todo = {i: p for i, p in enumerate(pieces) if i not in records}
             if todo:
-                records |= run_pieces(job, todo, min(args.workers, len(todo)), say)
+                records |= run_pieces(job, todo, min(args.workers, len(todo)), tokenizer, say)
             return _finish(job, [records[i] for i in range(len(pieces))], say)
     except OSError as error:
         raise UserError(

@@ -10,8 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nano3.config import DatasetConfig, UserError
@@ -86,8 +84,8 @@ def test_plain_text_is_one_document(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 1 << 30])
 def test_parquet(size: int, tmp_path: Path) -> None:
-    table = pa.table({"text": TEXTS, "n": range(len(TEXTS))})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=60)
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": TEXTS, "n": range(len(TEXTS))}), tmp_path / "a.parquet", row_group_size=60)
     assert len(cut(str(tmp_path / "a.parquet"), size, Read())) == (9 if size == 1 else 1)
     assert read(tmp_path / "a.parquet", size) == TEXTS
     pq.write_table(pa.table({"text": ["a", None]}), tmp_path / "b.parquet")
@@ -97,9 +95,9 @@ def test_parquet(size: int, tmp_path: Path) -> None:
 
 
 def test_data_sets_by_id(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
     jsonl(tmp_path / "train.jsonl")  # a folder is an id that needs no network
-    assert read_id := [t for p in cut(f"datasets:{tmp_path}", 1, Read()) for _, t in documents(p, Read())]
-    assert read_id == TEXTS
+    assert [t for p in cut(f"datasets:{tmp_path}", 1, Read()) for t in _texts(p)] == TEXTS
     with pytest.raises(UserError, match=r"cannot load it, split 'dev'"):
         cut(f"datasets:{tmp_path}", 1, Read(hub_split="dev"))
 
@@ -187,9 +185,9 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [f"{i} " + "words " * 2000 for i in range(1000)])  # 12 MB
     out = tmp_path / "out"
     command = [sys.executable, "-m", "nano3.data.prepare", "--input", str(path), "--output-prefix", str(out / "x")]
-    command += ["--tokenizer-model", "bytes", "--workers", "1", "--shard-mb", "1"]
+    command += ["--tokenizer-model", "bytes", "--shard-mb", "1", "--workers"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "2"], env=env, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(out.glob("x.parts/0*.json"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -198,7 +196,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert not (out / "x.json").exists()
     for idx in out.glob("x-*.idx"):
         IndexedDataset(idx.with_suffix(""))  # whatever has a name is whole
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120).stdout
+    done = subprocess.run([*command, "1"], env=env, capture_output=True, text=True, check=True, timeout=120).stdout
     assert "of 13 pieces were finished before" in done
     texts = read_back(out / "x.json")
     assert sorted(texts["train"] + texts["valid"]) == sorted(f"{i} " + "words " * 2000 for i in range(1000))
@@ -212,7 +210,6 @@ def test_slips_on_the_command_line(tmp_path: Path) -> None:
         (("--split", "a"), "--split a: expected"),
         (("--workers", "0"), "--workers 0 must be"),
         (("--shard-mb", "0"), "--shard-mb 0 must be"),
-        (("--tokenizer-model", str(tmp_path / "nope")), "no tokenizer could be read there"),
         (("--output-prefix", str(tmp_path / "file" / "x")), "--output-prefix .*check the folder"),
         (("--input", str(tmp_path / "empty.jsonl")), "every file is empty"),
         (("--json-key", "body"), r'a\.jsonl: line 1 \(byte 0\): no key "body"; it has \'id\', \'text\''),
@@ -240,9 +237,11 @@ def broken_lines() -> dict[str, bytes]:
     lines |= {f"value {v}": json.dumps({"text": v}).encode() for v in values}
     lines |= {f"top {v}": json.dumps(v).encode() for v in [*values[:10], "text", "a"]}
     lines |= {f"tail {t}": GOOD + t.encode() for t in ("x", "{}", "}", ",", GOOD.decode(), "]", '"')}
-    lines |= {"deep": b"[" * 100_000, "digits": b'{"text": ' + b"9" * 5000 + b"}", "nothing": b"{}", "bom": b"\xff\xfe{"}
-    random = [rng.integers(0, 256, rng.integers(4, 60), dtype=np.uint8).tobytes().replace(b"\n", b"") for _ in range(300)]
-    lines |= {f"random {i}": line + b"\xff" for i, line in enumerate(random)}
+    lines |= {"deep": b"[" * 100_000, "digits": b'{"text": ' + b"9" * 5000 + b"}"}
+    lines |= {"nothing": b"{}", "two bytes a letter": b"\xff\xfe{"}
+    for i in range(300):
+        noise = rng.integers(0, 256, rng.integers(4, 60), dtype=np.uint8).tobytes()
+        lines[f"random {i}"] = noise.replace(b"\n", b"") + b"\xff"
     return lines
 
 
@@ -266,12 +265,11 @@ def test_every_broken_line_is_named_by_its_place(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "out.parts") == []
 
 
-@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("size", [500, 1 << 30])
 def test_broken_lines_can_be_left_out(size: int, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"".join(GOOD + b"\n" + line + b"\n" for line in BROKEN.values()))
-    pieces = cut(str(path), len(GOOD) * size * 7, Read())
-    found = [t for p in (pieces if size == 1 else pieces[:0] or cut(str(path), 1 << 30, Read())) for t in _texts(p)]
+    found = read(path, size)
     errors = [str(t) for t in found if isinstance(t, RecordError)]
     assert len(errors) == len(BROKEN)
     assert [t for t in found if isinstance(t, str)] == ["héllo wörld"] * len(BROKEN)
@@ -289,7 +287,8 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     said = []
     texts = run(tmp_path, tmp_path / "bad.jsonl", more=("--on-error", "skip", "--split", "1"), say=said)
     assert texts["train"] == ["héllo wörld"] * len(BROKEN)
-    assert any(f"{len(BROKEN):,} broken records were left out\n  {tmp_path}/bad.jsonl: line 2 (byte 26)" in s for s in said)
+    expected = f"{len(BROKEN):,} broken records were left out\n  {tmp_path}/bad.jsonl: line 2 (byte {len(GOOD) + 1})"
+    assert any(text.startswith(expected) for text in said)
 
 
 def test_a_broken_record_ends_the_command_without_a_blend(tmp_path: Path) -> None:
@@ -302,7 +301,7 @@ def test_a_broken_record_ends_the_command_without_a_blend(tmp_path: Path) -> Non
     assert not [n for n in names if n.startswith("x-00001") or n.endswith(".tmp")]
 
 
-@pytest.mark.parametrize("cut_at", [0, 1, 5, 12, 30, 200, -9, -1])
+@pytest.mark.parametrize("cut_at", [0, 1, 12, 30, 200, -9, -1])
 def test_a_damaged_gz_is_named(cut_at: int, tmp_path: Path) -> None:
     raw = jsonl(tmp_path / "a.jsonl.gz").read_bytes()
     for damaged in (raw[:cut_at], raw[:cut_at] + b"\x55\xaa" + raw[cut_at:][2:]):
@@ -318,12 +317,14 @@ def test_text_and_parquet_that_are_not(tmp_path: Path) -> None:
     assert str(read(tmp_path / "a.txt")[0]) == f"{tmp_path}/a.txt: byte 5: not UTF-8 (0xff)"
     (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
     assert "compressed file is damaged" in str(read(tmp_path / "b.txt.gz")[0])
+    pytest.importorskip("pyarrow")
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(UserError, match="not a Parquet file"):
         read(tmp_path / "c.parquet")
 
 
 def test_reading_is_lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(sources, "BATCH", 10)
     pq.write_table(pa.table({"text": TEXTS}), tmp_path / "a.parquet")
     (piece,) = cut(str(tmp_path / "a.parquet"), 1 << 30, Read())
