@@ -44,7 +44,11 @@ def parser() -> argparse.ArgumentParser:
             metavar="DIR_OR_ID",
             required=name == "import",
             help="a folder, or an id of the hub"
-            + ("" if name == "import" else "; gives dtypes, config.json, tokenizer (default: what the import kept)"),
+            + (
+                ""
+                if name == "import"
+                else "; gives dtypes, config.json, tokenizer (default: what the import kept, if any)"
+            ),
         )
         c.add_argument("--megatron-path", "--checkpoint", metavar="DIR", required=True, help="the checkpoint")
         if name == "export":

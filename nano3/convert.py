@@ -226,13 +226,13 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     """Write a Hugging Face folder from a checkpoint: released names, dtypes of `model`, its small files.
 
     model: the folder that the weights came from once, or one with config.json and tokenizer only; None: what the
-    import kept of it.  Returns what was done.
+    import kept of it, and for a model trained from nothing a new config.json alone.  Returns what was done.
     """
     source, manifest = open_checkpoint(path, "--megatron-path")
-    model = source.folder / "hf" if model is None else model
-    if not model.is_dir():
-        raise UserError(f"--hf-model: {source.folder} keeps no files of the model it came from; give its folder")
-    config = config_json(source.config, model, options.dtype, options.drop_mtp)
+    if model is None and (source.folder / "hf").is_dir():
+        model = source.folder / "hf"
+    said = source.tensors["embeddings.weight"].dtype if model is None and options.dtype is None else options.dtype
+    config = config_json(source.config, model, said, options.drop_mtp)
     dtypes = _export_dtypes(source, model, manifest, options.dtype)
     checked = _Checked(source, manifest)
     targets = []
@@ -247,7 +247,7 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     written = (
         {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, 1)} if n > 1 else {SINGLE: groups[0]}
     )
-    _check_export_folder(out, model, source.folder, options.overwrite)
+    _check_export_folder(out, [source.folder, *([model] if model else [])], options.overwrite)
     total = sum(t.bytes for t in targets)
     what = f"{len(targets):,} tensors, {total:,} bytes in {n} files: {source.folder} -> {out}"
     if options.dry_run:
@@ -275,7 +275,7 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
             last.append(INDEX)
         (temporary / "config.json").write_bytes(config)
         last.append("config.json")
-        others = [p for p in small_files(model) if p.name not in last]
+        others = [p for p in small_files(model) if p.name not in last] if model else []
         for p in others:
             shutil.copyfile(p, temporary / p.name)
         _publish(temporary, out, [*written, *(p.name for p in others), *last])
@@ -283,18 +283,21 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     return f"exported {what}\n{done}"
 
 
-def _export_dtypes(source: Source, model: Path, manifest: Manifest, asked: str | None) -> dict[str, str]:
+def _export_dtypes(source: Source, model: Path | None, manifest: Manifest, asked: str | None) -> dict[str, str]:
     """The dtype of each tensor in an export.
 
     That of the reference's weights; where it has none, what an import has brought, and for trained weights what its
     config.json says (fp32 for A_log, D and the selection bias, as released).  --dtype goes over that.
     """
     there: dict[str, str] = {}
-    if any((model / n).exists() for n in (INDEX, SINGLE)):
+    if model is not None and any((model / n).exists() for n in (INDEX, SINGLE)):
         there = {our_name(name)[0]: span.dtype for name, span in read_folder(model).items()}
-    _, raw = read_config(model, drop_mtp=True)
-    names = {str(d).removeprefix("torch."): n for n, d in ((n, DTYPES[n]) for n in FLOATS)}
-    usual = names.get(raw.get("dtype") or raw.get("torch_dtype"))
+    if model is None:
+        usual = source.tensors["embeddings.weight"].dtype
+    else:
+        _, raw = read_config(model, drop_mtp=True)
+        names = {str(DTYPES[n]).removeprefix("torch."): n for n in FLOATS}
+        usual = names.get(str(raw.get("dtype") or raw.get("torch_dtype")))
     out = {}
     for name, stored in source.tensors.items():
         dtype = there.get(name)
@@ -332,12 +335,12 @@ def _stamp(source: Source) -> list[tuple[str, int, int]]:
     return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
 
 
-def _check_export_folder(out: Path, model: Path, source: Path, overwrite: bool) -> None:
+def _check_export_folder(out: Path, read: list[Path], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--hf-path {out} is a file; give a folder")
     if not out.exists():
         return
-    for folder in (model, source):
+    for folder in read:
         if folder.resolve().is_relative_to(out.resolve()):
             raise UserError(f"--hf-path {out} holds {folder}, which is being read; give another folder")
     if (out / POINTER).exists() or (out / MANIFEST).exists() or any(out.glob("iter_*")):

@@ -334,18 +334,20 @@ def small_files(folder: Path) -> list[Path]:
     return out
 
 
-def config_json(c: ModelConfig, folder: Path, dtype: str | None = None, drop_mtp: bool = False) -> bytes:
-    """The config.json of a model of geometry `c`: that of `folder` byte for byte if it says the same, else with what
-    differs replaced and the layers named both ways.  dtype: what --dtype asked for, safetensors' name."""
-    theirs, raw = read_config(folder, drop_mtp)
-    there = (folder / "config.json").read_bytes()
-    changed = {f: getattr(c, f) for f in GEOMETRY if getattr(c, f) != getattr(theirs, f)}
-    if drop_mtp and raw.get("num_nextn_predict_layers"):
+def config_json(c: ModelConfig, folder: Path | None, dtype: str | None = None, drop_mtp: bool = False) -> bytes:
+    """The config.json of a model of geometry `c`.
+
+    That of `folder` byte for byte if it says the same, else with what differs replaced and the layers named both ways;
+    without a folder a new one.  dtype: safetensors' name of what the weights are in, None for what the folder says.
+    """
+    theirs, raw = (None, NEW) if folder is None else read_config(folder, drop_mtp)
+    changed = {f: getattr(c, f) for f in GEOMETRY if theirs is None or getattr(c, f) != getattr(theirs, f)}
+    if raw.get("num_nextn_predict_layers") and drop_mtp:
         changed["num_nextn_predict_layers"] = 0
     key = "dtype" if "dtype" in raw else "torch_dtype"
     name = str(DTYPES[dtype]).removeprefix("torch.") if dtype else raw.get(key)
     if not changed and name == raw.get(key):
-        return there
+        return (folder / "config.json").read_bytes()
     new = {**raw, **changed, key: name} if name else {**raw, **changed}
     if changed:
         new["hybrid_override_pattern"] = c.hybrid_override_pattern
@@ -354,8 +356,11 @@ def config_json(c: ModelConfig, folder: Path, dtype: str | None = None, drop_mtp
         for old, ours in HF_ALIASES.items():
             if old in new:
                 new[old] = getattr(c, ours)
-        if c.time_step_limit == [0.0, math.inf]:
+        if list(c.time_step_limit) == [0.0, math.inf]:
             new.pop("time_step_limit", None)  # what every reader takes it to be; JSON has no infinity
         elif math.isinf(c.time_step_limit[1]):
             new["time_step_limit"] = [c.time_step_limit[0], {"__float__": "Infinity"}]
     return (json.dumps(new, indent=2) + "\n").encode()
+
+
+NEW = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "tie_word_embeddings": False}

@@ -27,6 +27,7 @@ from nano3.model.layout import whole_shapes
 from tests.conftest import ROOT
 from tests.hf_folders import FORMS, random_geometry, random_weights, write_checkpoint, write_folder
 from tests.oracles import CPU, GOLDEN
+from tests.train.small import SHRINK
 
 
 def run(*args: str | Path) -> None:
@@ -366,6 +367,30 @@ def test_an_altered_checkpoint_is_not_exported(folder: Path, capsys: pytest.Capt
     fails(capsys, ["export", "--hf-model", folder, "--megatron-path", ckpt, "--hf-path", out], file.name, "altered")
     assert not (out / "config.json").exists()
     assert not list(out.glob("*.safetensors"))
+
+
+def test_a_model_trained_from_nothing_opens_in_transformers(run_script, tmp_path: Path) -> None:
+    """Two steps of training, no Hugging Face folder anywhere."""
+    from transformers import NemotronHForCausalLM
+
+    args = [
+        "--mode",
+        "pretrain",
+        "--preset",
+        "tiny",
+        *SHRINK,
+        "train.train_iters=2",
+        f"logger.run_dir={tmp_path / 'run'}",
+    ]
+    done = run_script("train.py", *args)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    run("export", "--checkpoint", tmp_path / "run", "--hf-path", out)
+    run("verify", tmp_path / "run", out)
+    theirs, info = NemotronHForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert theirs.config.num_experts_per_tok == open_model(out).config.num_experts_per_tok
+    run("compare", "--hf-model", out, "--checkpoint", tmp_path / "run", "--prompt", "7 8 9")
 
 
 SLOW = """
