@@ -1,0 +1,127 @@
+"""Data on the CPU: building indices, blending, reading samples, preparing text.  python -m benchmarks.data [--tokens N]
+
+Prints a table and, as the last line, JSON.  Reading is from the page cache (the file has just been written); preparing
+is compared in CPU time with the tokenizer alone on the same documents, so other work on the machine does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from nano3.data.blend import BLOCK, Blend
+from nano3.data.indexed import IndexedDataset, IndexedWriter
+from nano3.data.prepare import Job, convert
+from nano3.data.sampling import Cache, Samples
+from nano3.data.sources import Piece, Read
+from nano3.data.tokenizer import HuggingFaceTokenizer
+
+SECONDS = 2.0  # spent on each reading rate
+
+
+def write_file(prefix: Path, tokens: int) -> IndexedDataset:
+    """Documents of 500 ids on average, as long as the web's are: most short, a few very long."""
+    rng = np.random.default_rng(0)
+    with IndexedWriter(prefix, "uint16") as w:
+        while w.ids < tokens:
+            w.add(rng.integers(0, 50_000, int(rng.exponential(500)) + 1, dtype=np.uint16))
+    return IndexedDataset(prefix)
+
+
+def seconds(fn) -> float:
+    start = time.perf_counter()
+    fn()
+    return time.perf_counter() - start
+
+
+def sampling_records(folder: Path, tokens: int) -> list[dict]:
+    data, out = write_file(folder / "data", tokens), []
+    out.append({"op": "open and check", "shape": f"{tokens:,} ids", "s": seconds(lambda: IndexedDataset(data.prefix))})
+    for S in (128, 2048, 8192):
+        fresh, again = (Samples(data, (0, data.documents), S, 1, Cache(folder / "cache"), 50_000) for _ in range(2))
+        shape = f"{tokens:,} ids, S={S}"
+        out.append({"op": "build indices", "shape": shape, "s": seconds(lambda s=fresh: s.sample(0))})
+        out.append({"op": "load indices", "shape": shape, "s": seconds(lambda s=again: s.sample(0))})
+        start, n = time.perf_counter(), 0
+        while time.perf_counter() - start < SECONDS:
+            again.sample(n)
+            n += 1
+        out.append({"op": "read samples", "shape": shape, "tokens/s": n * S / (time.perf_counter() - start)})
+    return out
+
+
+def blend_records(folder: Path) -> list[dict]:
+    out = []
+    for k in (2, 16, 64, 256):
+        blend = Blend(np.random.default_rng(k).dirichlet(np.ones(k)).tolist(), Cache(folder / "blend"))
+        out.append(
+            {
+                "op": "order a blend",
+                "shape": f"{k} sources, {BLOCK:,} samples",
+                "s": seconds(lambda b=blend: b.locate(0)),
+            }
+        )
+    return out
+
+
+def prepare_records(folder: Path) -> list[dict]:
+    """One process on Python's own source text, with a byte-pair vocabulary learnt from a part of it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [p for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts][:600]
+    texts = [part for p in files for part in p.read_text(errors="ignore").split("\n\n\n") if part.strip()]
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=["</s>"], show_progress=False)
+    inner.train_from_iterator(texts[:1500], trainer)
+    inner.save(str(folder / "tokenizer.json"))
+    tokenizer = HuggingFaceTokenizer(str(folder / "tokenizer.json"))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    job = Job(str(folder / "out"), "", Read(), True, "99,1", False)
+    job.record(0).parent.mkdir()
+    size = sum(len(t.encode()) for t in texts) / 1e6
+    alone, whole = [], []
+    for _ in range(3):
+        start = time.process_time()
+        for t in texts:
+            tokenizer.encode(t)
+        alone.append(time.process_time() - start)
+        start = time.process_time()
+        convert(job, 0, Piece("jsonl", str(folder / "text.jsonl")), tokenizer)
+        whole.append(time.process_time() - start)
+    return [
+        {
+            "op": "prepare JSONL",
+            "shape": f"{size:.0f} MB, 1 process",
+            "MB/s": size / min(whole),
+            "of_tokenizer_alone": min(alone) / min(whole),
+        }
+    ]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--tokens", type=int, default=100_000_000)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        records = sampling_records(folder, p.parse_args().tokens) + blend_records(folder) + prepare_records(folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    for r in records:
+        rates = ", ".join(
+            f"{v:,.3f} {k}" if v < 100 else f"{v:,.0f} {k}" for k, v in r.items() if k not in ("op", "shape")
+        )
+        print(f"{r['op']:16} {r['shape']:36} {rates}")
+    print(f"peak memory {peak:,.0f} MB (mapped pages of the files included)")
+    print(json.dumps([{k: round(v, 4) if isinstance(v, float) else v for k, v in r.items()} for r in records]))
+
+
+if __name__ == "__main__":
+    main()
