@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import multiprocessing
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +20,8 @@ from torch import Tensor
 import convert
 from nano3.compare import load_source, open_any
 from nano3.hf import open_model, shapes
+from nano3.hf_files import Files
 from nano3.model.layout import whole_shapes
-from tests.conftest import ROOT
 from tests.hf_folders import FORMS, random_geometry, random_weights, write_checkpoint, write_folder
 from tests.oracles import CPU, GOLDEN
 from tests.train.small import SHRINK
@@ -393,18 +390,17 @@ def test_a_model_trained_from_nothing_opens_in_transformers(run_script, tmp_path
     run("compare", "--hf-model", out, "--checkpoint", tmp_path / "run", "--prompt", "7 8 9")
 
 
-SLOW = """
-import sys, time
-import convert
-from nano3.hf_files import Files
-blocks = Files.blocks
-def slowly(self, *args):
-    for block in blocks(self, *args):
-        time.sleep(0.002)
-        yield block
-Files.blocks = slowly
-sys.exit(convert.main(sys.argv[1:]))
-"""
+def slowly(args: list[str | Path]) -> None:
+    """convert.py, waiting at every block that it reads."""
+    blocks = Files.blocks
+
+    def wait(self: Files, *where):
+        for block in blocks(self, *where):
+            time.sleep(0.002)
+            yield block
+
+    Files.blocks = wait
+    convert.main([str(a) for a in args])
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
@@ -423,13 +419,13 @@ def test_a_killed_conversion_goes_on_where_it_was(command: str, folder: Path, tm
     journal = temporary.with_name(temporary.name + ".journal")
     times: dict[str, int] = {}
     for goal in (shards // 3, 2 * shards // 3):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        p = subprocess.Popen([sys.executable, "-c", SLOW, command, *map(str, args)], env=env)
+        p = multiprocessing.get_context("fork").Process(target=slowly, args=([command, *args],))
+        p.start()
         while not journal.exists() or journal.read_text().count("record") < goal:
-            assert p.poll() is None
+            assert p.is_alive()
             time.sleep(0.005)
-        p.send_signal(signal.SIGKILL)
-        p.wait()
+        p.kill()
+        p.join()
         assert not (final / "config.json").exists()
         assert not (final / "manifest.json").exists()
         done = [json.loads(x)["file"] for x in journal.read_text().splitlines()[1:] if x.endswith("}")]
