@@ -61,8 +61,8 @@ def pick_tiles(dtype: torch.dtype, device: torch.device, P: int, N: int) -> Tile
     small = BP <= 64 and BN <= 128
     if INTERPRET:
         return Tiles(16, BP, BN, 4, 1)
-    if dtype == torch.float32:  # for checking and small models: exact products, no tensor cores
-        return Tiles(32 if small else 16, BP, BN, 4, 1)
+    if dtype == torch.float32:  # for checking and small models: exact products, no tensor cores, hence many registers
+        return Tiles(16, BP, BN, 8, 1)
     room = shared_memory(device)
     if small and room >= 160_000:  # A100, H100, B200
         return Tiles(64, BP, BN, 4, 2)

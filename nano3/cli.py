@@ -38,6 +38,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--config-file", metavar="YAML", help="settings laid over the preset, e.g. the config.yaml of an earlier run"
     )
+    p.add_argument(
+        "--per-split-data-args-path", metavar="JSON", help="blend of .bin/.idx files for train, valid and test"
+    )
     p.add_argument("--tokenizer-model", metavar="PATH", help="'bytes', a Hugging Face folder, or a tokenizer.json")
     p.add_argument(
         "--resume-from-last-good",
@@ -64,8 +67,12 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
         raise UserError(
             f"--preset {name}: there is no such preset{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
         )
-    flags = {"tokenizer.tokenizer_model": args.tokenizer_model, "dataset.seq_length": args.seq_length}
-    flags["checkpoint.resume_from_last_good"] = args.resume_from_last_good or None
+    flags = {
+        "dataset.per_split_data_args_path": args.per_split_data_args_path,
+        "tokenizer.tokenizer_model": args.tokenizer_model,
+        "dataset.seq_length": args.seq_length,
+        "checkpoint.resume_from_last_good": args.resume_from_last_good or None,
+    }
     layers = [
         (f"preset {name}", PRESETS[name]),
         (args.config_file or "", read_yaml(args.config_file) if args.config_file else {}),

@@ -293,9 +293,21 @@ class SchedulerConfig:
 
 @dataclass(kw_only=True)
 class DatasetConfig:
-    name: str = "mock"  # embedded: the standard library's source text; mock: a pattern in token ids
+    name: str = "mock"  # where no blend is given: embedded, the standard library's source; mock, a pattern in ids
     seq_length: int = 8192  # tokens
     num_workers: int = 0  # processes that make batches ahead of time
+    # blends of Megatron .bin/.idx files; a run gives one of these forms (docs/data.md)
+    blend: Any = None  # PREFIX, [PREFIX, …], [WEIGHT, PREFIX, …] or [[PREFIX, …], [WEIGHT, …]]
+    data_paths: Any = None  # the same
+    data_args_path: str | None = None  # a text file of the same, separated by white space
+    per_split_data_args_path: str | None = None  # a JSON file with train, valid and test
+    blend_per_split: Any = None  # a list of three: train, valid, test
+    train_data_path: Any = None  # the same as three settings
+    valid_data_path: Any = None
+    test_data_path: Any = None
+    split: str = "9999,8,2"  # shares of train, valid and test in each file, where the form does not name them
+    path_to_cache: str | None = None  # folder for index files; None: nano3_index beside the data
+    random_seed: int | None = None  # of the order of samples; None: rng.seed
 
 
 @dataclass(kw_only=True)

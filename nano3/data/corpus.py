@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from nano3.config import Config, UserError
+from nano3.data.blend import has_blend, load_blend
 from nano3.data.tokenizer import Tokenizer
 
 VALID_EVERY = 20  # of the embedded files, in their fixed order, every 20th is validation
@@ -81,6 +82,10 @@ class MockTokens:
 
 
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
+    """A blend of indexed files if the settings name one, else what dataset.name says."""
+    if has_blend(config.dataset):
+        seed = config.rng.seed if config.dataset.random_seed is None else config.dataset.random_seed
+        return load_blend(config.dataset, seed, config.model.vocab_size, valid=config.validation.eval_iters > 0)
     if config.dataset.name == "embedded":
         return EmbeddedText(tokenizer, config.dataset.seq_length, config.rng.seed)
     return MockTokens(config.model.vocab_size, config.dataset.seq_length, config.rng.seed)
@@ -90,4 +95,4 @@ def tokenizer_name(config: Config) -> str:
     """What `tokenizer.tokenizer_model=auto` means for this data."""
     if config.tokenizer.tokenizer_model != "auto":
         return config.tokenizer.tokenizer_model
-    return "bytes" if config.dataset.name == "embedded" else "none"
+    return "bytes" if config.dataset.name == "embedded" and not has_blend(config.dataset) else "none"

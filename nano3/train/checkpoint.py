@@ -21,6 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from nano3 import hf
 from nano3.cli import to_yaml
 from nano3.config import Config, ModelConfig, UserError, merge
 from nano3.model.init import allocate, named_tensors
@@ -236,10 +237,34 @@ def load(path: str, setting: str, model: Nano3, optimizer: AdamW | None, or_last
 
 @torch.no_grad()
 def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW) -> None:
-    """Start from the weights of a checkpoint: a new run, with masters in the precision that it has."""
+    """Start a new run from the weights of one of our checkpoints or of a Hugging Face folder or id.
+
+    Masters have the precision that is there.  A rank reads its share only.
+    """
+    if not _is_ours(path):
+        source = hf.open_model(hf.find_model(path, setting=setting))
+        if hf.shapes(source.config) != hf.shapes(model.config):
+            raise UserError(f"{setting}={path}: {_difference(source.config, model.config)}")
+        for found in wanted(model, optimizer, ()).values():
+            for piece in found:
+                piece.tensor.copy_(source.read(piece.name, piece.index))
+        source.close()
+        return
     folder, manifest = open_verified(path, setting, model.mesh)
     check_geometry(manifest, model, folder, setting)
     read(Container(folder, manifest), wanted(model, optimizer, manifest.tensors), model.mesh)
+
+
+def _is_ours(path: str) -> bool:
+    folders = (Path(path), Path(path) / "checkpoints")
+    return any((f / MANIFEST).is_file() or (f / POINTER).is_file() or any(f.glob("iter_*")) for f in folders)
+
+
+def _difference(theirs: ModelConfig, ours: ModelConfig) -> str:
+    """The settings that would make our model theirs."""
+    other = {k: v for k, v in vars(theirs).items() if v != vars(ours)[k] and k != "kernels"}
+    settings = " ".join(f"model.{k}={v}" for k, v in other.items())
+    return f"it has another geometry than the preset; use a preset that fits, or {settings}"
 
 
 def check_geometry(manifest: Manifest, model: Nano3, folder: Path, setting: str) -> None:

@@ -10,6 +10,7 @@ import pickle
 import socket
 import tempfile
 import traceback
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,12 +182,32 @@ def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[s
     }
 
 
+class Groups:
+    """`dist.new_group` for many meshes, one after the other: a group made for one serves the next.
+
+    A gloo group's threads stay for good, and a few hundred of them slow a small machine to a crawl.  Within one mesh,
+    groups of the same ranks stay apart, as they are in a real run.
+    """
+
+    def __init__(self) -> None:
+        self.make, self.made, self.seen = dist.new_group, {}, Counter()
+
+    def __call__(self, ranks: list[int], **options: object) -> object:
+        self.seen[tuple(ranks)] += 1
+        key = (*ranks, self.seen[tuple(ranks)])
+        if key not in self.made:
+            self.made[key] = self.make(ranks, **options)
+        return self.made[key]
+
+
 def _work(rank: int, world: int, port: int, inbox, outbox) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.new_group = groups = Groups()
     while (task := inbox.get()) is not None:
         case, truth = task
+        groups.seen.clear()
         try:
             config = config_for(case.overrides)
             mesh = lay_out(config, check_layout(config, case.ranks), rank, CPU)

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from nano3.config import UserError
+from nano3.model.init import named_tensors
 from nano3.parallel.mesh import ALONE
 from nano3.train import checkpoint
 from nano3.train.checkpoint import Saver
 from nano3.train.storage import POINTER, Progress, digest, read_manifest, verify
+from tests.oracles import hf_model, hf_name
 from tests.train.small import small, trainer
 
 
@@ -170,3 +172,21 @@ def test_a_background_save_holds_the_state_of_its_step(tmp_path: Path) -> None:
     saver.wait()
     model, _ = checkpoint.load_model(str(tmp_path), "test", torch.device("cpu"))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["released-names", "transformers-names"])
+def test_a_hugging_face_folder_starts_a_run(tmp_path: Path, fused: bool) -> None:
+    """Its weights, in both forms of names; another geometry is refused with the settings that would fit."""
+    config = trainer().config.model
+    theirs = hf_model(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.normal_()
+    theirs.save_pretrained(tmp_path / "hf", save_original_format=not fused)
+    start = f"checkpoint.pretrained_checkpoint={tmp_path / 'hf'}"
+    ours = trainer(start)
+    expected = theirs.state_dict()
+    for name, tensor in named_tensors(ours.model).items():
+        assert torch.equal(tensor, expected[hf_name(name)]), name
+    with pytest.raises(UserError, match=r"another geometry.*model.moe_intermediate_size=24"):
+        trainer(start, "model.moe_intermediate_size=48")
