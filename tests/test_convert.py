@@ -19,6 +19,7 @@ from torch import Tensor
 
 import convert
 from nano3.compare import load_source, open_any
+from nano3.config import UserError
 from nano3.hf import open_model, shapes
 from nano3.hf_files import Files
 from nano3.model.layout import whole_shapes
@@ -440,6 +441,33 @@ def test_a_killed_conversion_goes_on_where_it_was(command: str, folder: Path, tm
     assert {f: (final / f).stat().st_mtime_ns for f in times if f != broken}.items() <= times.items()
     assert not journal.exists()
     assert not temporary.exists()
+
+
+def test_a_half_published_export_is_no_model(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The moves to the final names fail after each number of files; the next run finishes."""
+    small = ["--max-shard-size", "60KB"]
+    ckpt = imported(folder)
+    whole = files_of(exported(folder, ckpt, *small, to="whole"))
+    real = Path.replace
+    for k in range(len(whole)):
+        out = folder.parent / f"out{k}"
+        moved = []
+
+        def move(self: Path, target: Path, k: int = k, moved: list[Path] = moved) -> Path:
+            if len(moved) == k:
+                raise OSError("stopped here")
+            moved.append(target)
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "replace", move)
+        args = ["export", "--hf-model", folder, "--megatron-path", ckpt, "--hf-path", out, *small]
+        fails(capsys, args, "stopped here")
+        assert len(moved) == k
+        with pytest.raises(UserError):
+            open_model(out)
+        monkeypatch.undo()
+        run(*args)
+        assert files_of(out) == whole
 
 
 def test_a_full_disk_is_said_and_survived(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
