@@ -445,11 +445,11 @@ def test_a_killed_conversion_goes_on_where_it_was(command: str, folder: Path, tm
 
 def test_a_half_published_export_is_no_model(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The moves to the final names fail after each number of files; the next run finishes."""
-    small = ["--max-shard-size", "60KB"]
+    small = ["--max-shard-size", "200KB"]
     ckpt = imported(folder)
     whole = files_of(exported(folder, ckpt, *small, to="whole"))
     real = Path.replace
-    for k in range(len(whole)):
+    for k in (0, 2, *range(len(whole) - 3, len(whole))):
         out = folder.parent / f"out{k}"
         moved = []
 
