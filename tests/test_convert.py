@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import multiprocessing
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +19,10 @@ from torch import Tensor
 
 import convert
 from nano3.compare import load_source, open_any
+from nano3.config import UserError
 from nano3.hf import open_model, shapes
+from nano3.hf_files import Files
 from nano3.model.layout import whole_shapes
-from tests.conftest import ROOT
 from tests.hf_folders import FORMS, random_geometry, random_weights, write_checkpoint, write_folder
 from tests.oracles import CPU, GOLDEN
 from tests.train.small import SHRINK
@@ -393,18 +391,17 @@ def test_a_model_trained_from_nothing_opens_in_transformers(run_script, tmp_path
     run("compare", "--hf-model", out, "--checkpoint", tmp_path / "run", "--prompt", "7 8 9")
 
 
-SLOW = """
-import sys, time
-import convert
-from nano3.hf_files import Files
-blocks = Files.blocks
-def slowly(self, *args):
-    for block in blocks(self, *args):
-        time.sleep(0.002)
-        yield block
-Files.blocks = slowly
-sys.exit(convert.main(sys.argv[1:]))
-"""
+def slowly(args: list[str | Path]) -> None:
+    """convert.py, waiting at every block that it reads."""
+    blocks = Files.blocks
+
+    def wait(self: Files, *where):
+        for block in blocks(self, *where):
+            time.sleep(0.002)
+            yield block
+
+    Files.blocks = wait
+    convert.main([str(a) for a in args])
 
 
 @pytest.mark.parametrize("command", ["import", "export"])
@@ -423,13 +420,13 @@ def test_a_killed_conversion_goes_on_where_it_was(command: str, folder: Path, tm
     journal = temporary.with_name(temporary.name + ".journal")
     times: dict[str, int] = {}
     for goal in (shards // 3, 2 * shards // 3):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        p = subprocess.Popen([sys.executable, "-c", SLOW, command, *map(str, args)], env=env)
+        p = multiprocessing.get_context("fork").Process(target=slowly, args=([command, *args],))
+        p.start()
         while not journal.exists() or journal.read_text().count("record") < goal:
-            assert p.poll() is None
+            assert p.is_alive()
             time.sleep(0.005)
-        p.send_signal(signal.SIGKILL)
-        p.wait()
+        p.kill()
+        p.join()
         assert not (final / "config.json").exists()
         assert not (final / "manifest.json").exists()
         done = [json.loads(x)["file"] for x in journal.read_text().splitlines()[1:] if x.endswith("}")]
@@ -444,6 +441,33 @@ def test_a_killed_conversion_goes_on_where_it_was(command: str, folder: Path, tm
     assert {f: (final / f).stat().st_mtime_ns for f in times if f != broken}.items() <= times.items()
     assert not journal.exists()
     assert not temporary.exists()
+
+
+def test_a_half_published_export_is_no_model(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The moves to the final names fail after each number of files; the next run finishes."""
+    small = ["--max-shard-size", "200KB"]
+    ckpt = imported(folder)
+    whole = files_of(exported(folder, ckpt, *small, to="whole"))
+    real = Path.replace
+    for k in (0, 2, *range(len(whole) - 3, len(whole))):
+        out = folder.parent / f"out{k}"
+        moved = []
+
+        def move(self: Path, target: Path, k: int = k, moved: list[Path] = moved) -> Path:
+            if len(moved) == k:
+                raise OSError("stopped here")
+            moved.append(target)
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "replace", move)
+        args = ["export", "--hf-model", folder, "--megatron-path", ckpt, "--hf-path", out, *small]
+        fails(capsys, args, "stopped here")
+        assert len(moved) == k
+        with pytest.raises(UserError):
+            open_model(out)
+        monkeypatch.undo()
+        run(*args)
+        assert files_of(out) == whole
 
 
 def test_a_full_disk_is_said_and_survived(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:

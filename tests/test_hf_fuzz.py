@@ -89,10 +89,10 @@ def forget(index: dict[str, Any]) -> None:
     del names[next(name for name, shard in names.items() if shard == SHARD)]
 
 
-def alias(header: dict[str, Any]) -> None:
+def alias(header: dict[str, Any], kind: str = "backbone.") -> None:
     """The same tensor under its other name as well; empty, so that the offsets fit."""
     end = max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-    key = next(k for k in header if k.startswith("backbone."))
+    key = next(k for k in header if k.startswith(kind))
     header[key.replace("backbone.", "model.")] = {"dtype": "BF16", "shape": [0], "data_offsets": [end, end]}
 
 
@@ -179,10 +179,11 @@ def test_known_tricks(name: str, tmp_path: Path) -> None:
     assert len(str(caught.value)) < 700
 
 
-def test_two_names_for_one_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["backbone.norm_f", "backbone.layers.1.mixer.experts.2."])
+def test_two_names_for_one_tensor(kind: str, tmp_path: Path) -> None:
     """In the files of a folder without an index, where nothing else is wrong."""
     folder = write_folder(tmp_path / "hf", SMALL, random_weights(SMALL, 0))
-    edit("model.safetensors", alias)(folder)
+    edit("model.safetensors", lambda header: alias(header, kind))(folder)
     with pytest.raises(UserError, match="one tensor under several names"):
         open_model(folder)
 
