@@ -111,7 +111,7 @@ def main() -> None:
     p = argparse.ArgumentParser(prog="python -m benchmarks.convert", description=__doc__.split("\n\n")[0])
     p.add_argument("--folder", required=True, type=Path, help="for the files; something new is made in it")
     p.add_argument("--layers", type=int, default=52)
-    p.add_argument("--shard", type=float, default=5.0, help="GB of a shard of the source and of the export")
+    p.add_argument("--shard", type=float, default=5.0, help="GB of a file")
     p.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     args = p.parse_args()
     whole = ModelConfig()
@@ -123,7 +123,7 @@ def main() -> None:
         size = make(hf, c, int(args.shard * 1e9))
         print(f"{c.hybrid_override_pattern}: {size:,} bytes, {args.workers} workers", flush=True)
         shard = ["--max-shard-size", f"{args.shard}GB", "--workers", str(args.workers)]
-        imports = ["import", "--hf-model", hf, "--megatron-path", ckpt, "--workers", str(args.workers)]
+        imports = ["import", "--hf-model", hf, "--megatron-path", ckpt, *shard]
         exports = ["export", "--hf-model", hf, "--megatron-path", ckpt, "--hf-path", out, *shard]
         record: dict[str, object] = {"pattern": c.hybrid_override_pattern, "bytes": size, "workers": args.workers}
         for command, files in ((imports, hf), (exports, ckpt / "iter_0000000")):
@@ -137,7 +137,7 @@ def main() -> None:
         shutil.rmtree(ckpt)
         journals = {"import": ckpt / ".incomplete_iter_0000000.journal", "export": out / ".incomplete.journal"}
         for command, files in ((imports, ckpt / "iter_0000000"), (exports, out)):
-            half = max(1, round(size / (2e9 if command is imports else args.shard * 1e9)) // 2)
+            half = max(1, round(size / args.shard / 1e9) // 2)
             convert(*command, stop_at=(journals[command[0]], half))
             second = convert(*command)
             print(f"{command[0]} killed half-way: the second run wrote {second['bytes'] / size:.0%}", flush=True)

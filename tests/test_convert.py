@@ -22,7 +22,9 @@ from nano3.compare import load_source, open_any
 from nano3.config import UserError
 from nano3.hf import open_model, shapes
 from nano3.hf_files import Files
+from nano3.model.init import named_tensors
 from nano3.model.layout import whole_shapes
+from nano3.train.checkpoint import load_model
 from tests.hf_folders import FORMS, random_geometry, random_weights, write_checkpoint, write_folder
 from tests.oracles import CPU, GOLDEN
 from tests.train.small import SHRINK
@@ -143,6 +145,16 @@ def test_reading_any_part_by_our_names(folder: Path) -> None:
                 cuts = [sorted(r.choices(range(n + 1), k=2)) for n in tensor.shape]
                 index = tuple(slice(a, b) for a, b in cuts)[: r.randint(1, tensor.dim())]
                 assert same_bits(source.read(name, index), tensor[index])
+
+
+def test_an_import_is_a_checkpoint_like_any_other(folder: Path) -> None:
+    """Its checksums hold, and training's own reader finds the weights; dt_bias, bf16 in the file, is fp32 there."""
+    weights = random_weights(GOLDEN, 1, any_bits=True)
+    model, config = load_model(str(imported(folder)), "--checkpoint", CPU)
+    assert config.model == GOLDEN
+    for name, tensor in named_tensors(model).items():
+        assert same_bits(tensor.detach(), weights[name].to(tensor.dtype)), name
+        assert tensor.dtype == torch.float32 or not name.endswith("dt_bias")
 
 
 def test_tensors_may_begin_at_any_byte(tmp_path: Path) -> None:
