@@ -53,6 +53,8 @@ def main() -> int:
     except UserError as error:  # every rank comes to the same conclusion; one of them says it
         if rank == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
+        else:
+            time.sleep(10)  # torchrun ends all ranks when the first one leaves: let that be the one that speaks
         return 2
 
     from nano3.parallel.mesh import LostContact, create_mesh
