@@ -13,6 +13,8 @@ Every function returns a new tensor (or its argument) and makes no call where th
 
 from __future__ import annotations
 
+import abc
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -96,7 +98,7 @@ def reduce_from(x: Tensor, group: Group) -> Tensor:
 # depart's waits for it, so does what lies between those.
 
 
-class Flight:
+class Flight(abc.ABC):
     """A message under way, forward or back: what its two ends share."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -104,9 +106,9 @@ class Flight:
         self.work: dist.Work | None = None
         self.gradient: Tensor | None = None
 
+    @abc.abstractmethod
     def launch(self, x: Tensor, back: bool) -> Tensor:
         """Start the message.  Returns the buffer that it will fill."""
-        raise NotImplementedError
 
     def land(self, buffer: Tensor, back: bool) -> Tensor:
         """Wait for it.  Returns what it means."""

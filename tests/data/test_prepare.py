@@ -145,6 +145,25 @@ def test_documents_come_back_and_the_blend_trains(tmp_path: Path) -> None:
     assert "document" in bytes(data.sample("train", 0).astype(np.uint8)).decode(errors="replace")
 
 
+class Letters:
+    """A tokenizer whose ids need 4 bytes: code points."""
+
+    vocab_size, eod, stop_ids = 0x110001, 0x110000, ()
+
+    def encode(self, text: str) -> list[int]:
+        return list(map(ord, text))
+
+
+@pytest.mark.parametrize("eod", [True, False])
+def test_ids_are_the_tokenizers(eod: bool, tmp_path: Path) -> None:
+    job = Job(str(tmp_path / "out"), "", Read(), eod, "1", False)
+    job.record(0).parent.mkdir()
+    convert(job, 0, Piece("jsonl", str(jsonl(tmp_path / "a.jsonl"))), Letters())
+    data = IndexedDataset(job.shard(0, "train"))
+    assert data.dtype == np.int32
+    assert [data[i].tolist() for i in range(500)] == [[*map(ord, t), *[Letters.eod] * eod] for t in TEXTS]
+
+
 def test_copies_of_a_document_stay_on_one_side(tmp_path: Path) -> None:
     texts = run(tmp_path, jsonl(tmp_path / "a.jsonl", TEXTS * 3), more=("--split", "50,50"))
     assert len(texts["train"]) + len(texts["valid"]) == 1500
