@@ -250,6 +250,8 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     _check_export_folder(out, [source.folder, *([model] if model else [])], options.overwrite)
     total = sum(t.bytes for t in targets)
     what = f"{len(targets):,} tensors, {total:,} bytes in {n} files: {source.folder} -> {out}"
+    if model is None:
+        what += "\nno --hf-model: its config.json is new, tokenizer and licence are not there"
     if options.dry_run:
         return f"would export {what}"
     jobs = [

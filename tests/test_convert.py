@@ -379,7 +379,7 @@ def test_an_altered_checkpoint_is_not_exported(folder: Path, capsys: pytest.Capt
     assert not list(out.glob("*.safetensors"))
 
 
-def test_a_model_trained_from_nothing_opens_in_transformers(run_script, tmp_path: Path) -> None:
+def test_a_model_trained_from_nothing_opens_in_transformers(run_script, tmp_path: Path, capsys) -> None:
     """Two steps of training, no Hugging Face folder anywhere."""
     from transformers import NemotronHForCausalLM
 
@@ -396,6 +396,7 @@ def test_a_model_trained_from_nothing_opens_in_transformers(run_script, tmp_path
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     run("export", "--checkpoint", tmp_path / "run", "--hf-path", out)
+    assert "no --hf-model" in capsys.readouterr().out
     run("verify", tmp_path / "run", out)
     theirs, info = NemotronHForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
