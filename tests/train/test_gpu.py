@@ -26,28 +26,28 @@ def truth() -> list[float]:
     return losses("cpu", "fp32")
 
 
-def errors(precision: str, truth: list[float]) -> list[float]:
+def errors(device: str, precision: str, truth: list[float]) -> list[float]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = [abs(a - b) / b for a, b in zip(losses("cuda", precision), truth, strict=True)]
-    print(f"{precision}: {' '.join(f'{e:.0e}' for e in found)}")
+    found = [abs(a - b) / b for a, b in zip(losses(device, precision), truth, strict=True)]
+    print(f"{device} {precision}: {' '.join(f'{e:.0e}' for e in found)}")
     return found
 
 
 @pytest.mark.gpu
 def test_twenty_steps_of_tiny_in_fp32_give_the_cpus_losses(truth: list[float]) -> None:
-    assert max(errors("fp32", truth)) <= 1e-5
+    assert max(errors("cuda", "fp32", truth)) <= 1e-5
 
 
 @pytest.mark.gpu
 def test_twenty_steps_of_tiny_in_bf16_follow_the_cpus_losses(truth: list[float]) -> None:
-    """1e-3 at the first step, where only the forward pass counts, and again on average over the last ten.
+    """1e-3 at the first step, where only the forward pass counts; over all steps twice what eager bf16 differs by.
 
-    In between the loss falls by a quarter in three steps of Adam at 1e-4, whose updates are a third of a bf16 unit of
-    the weights they move: what rounds up at once and what a step later differs there by up to 2 %, and evens out.
+    The loss falls by a quarter in three of these steps of Adam at 1e-4, whose updates are a third of a bf16 unit of the
+    weights they move: what rounds up at once and what a step later differs there by up to 3 %, kernels or not.
     """
-    found = errors("bf16", truth)
-    assert found[0] <= 1e-3
-    assert sum(found[-10:]) / 10 <= 1e-3
+    ours, eager = (errors(device, "bf16", truth) for device in ("cuda", "cpu"))
+    assert ours[0] <= 1e-3
+    assert sum(ours) <= 2 * sum(eager)
 
 
 @pytest.mark.gpu
