@@ -3,9 +3,10 @@
     python -m benchmarks.parallel [--ranks 2] [--model tiny nano-cut] [--layouts "tp=2" "ep=2" …] [--out parallel.json]
 
 Starts one torchrun per layout.  `nano-cut` is Nano at full width and fewer layers (--pattern).  Every layout trains on
-the same random tokens, --rows of them to a data-parallel rank, so dp and ep layouts do more work per step than one GPU;
-scaling is tokens/s per GPU against one GPU.  For the losses, all layouts repeat one GPU's global batch in fp32 or bf16:
-steps of a second run, --compare of them.
+the same random tokens, --rows of them to a data-parallel rank; one GPU alone trains on the same global batch, and
+scaling is tokens/s per GPU against it.  The last column is the largest relative difference of any step's loss from that
+of one GPU; its yardstick is the first line, one GPU with the other attention kernel: the same formula, rounded
+differently.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def config_of(args: argparse.Namespace, layout: str) -> Config:
         settings += [f"model.hybrid_override_pattern={args.pattern}", f"dataset.seq_length={args.seq_length}"]
     settings += [f"parallel.{o}" for o in layout.split()]
     settings += [f"train.global_batch_size={args.batch}", "train.micro_batch_size=1", f"train.device={args.device}"]
+    settings += [f"model.kernels.attention={args.attention}"]
     return resolve(parser().parse_args(settings))[0]
 
 
@@ -84,7 +86,7 @@ def worker(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
     parts = rank_parts(config, mesh.pp.rank)
     model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
-    initialise(model, config.model, config.rng.seed)
+    initialise(model, config.model, config.rng.seed, mesh.device)
     optimizer = AdamW(model, config.optimizer)
     losses, seconds = [], []
     for step in range(args.steps):
@@ -119,7 +121,9 @@ def worker(args: argparse.Namespace) -> None:
     os._exit(0)
 
 
-def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch: int) -> dict | None:
+def launch(
+    args: argparse.Namespace, model: str, layout: str, ranks: int, batch: int, attention: str = "auto"
+) -> dict | None:
     """Run one layout in processes of its own.  Returns its record, or None and the reason printed."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
@@ -127,6 +131,7 @@ def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch:
         command += ["-m", "benchmarks.parallel", "--worker", layout, "--model", model, "--record", str(record)]
         for name in ("pattern", "seq_length", "steps", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        command += ["--attention", attention]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False, env=env)
         if not record.exists():
@@ -149,38 +154,43 @@ def main() -> None:
     p.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     p.add_argument("--record", default=None, help=argparse.SUPPRESS)
     p.add_argument("--batch", type=int, default=0, help=argparse.SUPPRESS)
+    p.add_argument("--attention", default="auto", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker is not None:
         args.model = args.model[0]
         worker(args)
     records = []
     head = f"{'layout':12} {'ranks':>5} {'batch':>5} {'tokens/s':>10} {'per GPU':>9} {'scaling':>8} {'GiB':>6}"
-    print(f"{'model':9} {head}  MiB handed to collectives per step; worst loss difference from one rank")
+    print(f"{'model':9} {head}  worst loss, MiB handed to collectives per step", flush=True)
+    kernel = "triton" if args.device == "cuda" else "torch"  # auto is PyTorch's for unpacked rows on a GPU
     for model in args.model:
-        alone = {}
-        for layout in args.layouts:
-            asked = dict(o.split("=") for o in layout.split())
+        alone: dict[int, dict | None] = {}
+        for layout in ["other kernel", *args.layouts]:
+            other = layout == "other kernel"
+            asked = {} if other else dict(o.split("=") for o in layout.split())
+            ranks = 1 if other else args.ranks
             dp = args.ranks // int(asked.get("tp", 1)) // int(asked.get("pp", 1))
             batch = args.rows * dp * (4 if "pp" in asked else 1)  # a pipeline needs several to be busy
             if batch not in alone:
                 alone[batch] = launch(args, model, "", 1, batch)
-                records.append(alone[batch])
-            found = launch(args, model, layout, args.ranks, batch)
-            if found is None or alone[batch] is None:
+            base = alone[batch]
+            found = launch(args, model, "" if other else layout, ranks, batch, kernel if other else "auto")
+            if found is None or base is None:
                 continue
+            found["layout"] = layout or f"dp={args.ranks}"
+            found["scaling"] = found["per_gpu"] / base["per_gpu"]
+            found["worst_loss"] = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], base["losses"], strict=True))
             records.append(found)
-            pairs = zip(found["losses"], alone[batch]["losses"], strict=True)
-            worst = max(abs(a - b) / abs(b) for a, b in pairs)
             sent = " ".join(f"{k} {v:,.1f}" for k, v in found["sent_mib"].items())
-            scaling = found["per_gpu"] / alone[batch]["per_gpu"]
             print(
-                f"{model:9} {layout or 'dp=2':12} {args.ranks:5} {batch:5} {found['tokens_per_second']:10,.0f} "
-                f"{found['per_gpu']:9,.0f} {scaling:8.1%} {found['memory_gib']:6.1f}  {sent}; {worst:.1e}",
+                f"{model:9} {found['layout']:12} {ranks:5} {batch:5} {found['tokens_per_second']:10,.0f} "
+                f"{found['per_gpu']:9,.0f} {found['scaling']:8.1%} {found['memory_gib']:6.1f}  "
+                f"{found['worst_loss']:.1e}  {sent}",
                 flush=True,
             )
+        records += [r for r in alone.values() if r]
     if args.out:
-        Path(args.out).write_text(json.dumps([r for r in records if r], indent=1))
-    print(json.dumps(records[-1] if records else {}))
+        Path(args.out).write_text(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":
