@@ -44,7 +44,7 @@ def config_of(args: argparse.Namespace, layout: str) -> Config:
     settings = ["--mode", "pretrain", "--preset", "tiny" if args.model == "tiny" else "nano-30b-a3b", "dataset=mock"]
     if args.model != "tiny":
         settings += [f"model.hybrid_override_pattern={args.pattern}", f"dataset.seq_length={args.seq_length}"]
-    settings += [f"parallel.{o}" for o in layout.split()]
+    settings += [f"parallel.{o}" for o in ("tp=1", "ep=1", "pp=1", *layout.split())]
     settings += [f"train.global_batch_size={args.batch}", "train.micro_batch_size=1", f"train.device={args.device}"]
     settings += [f"model.kernels.attention={args.attention}"]
     return resolve(parser().parse_args(settings))[0]
@@ -173,6 +173,8 @@ def main() -> None:
             batch = args.rows * dp * (4 if "pp" in asked else 1)  # a pipeline needs several to be busy
             if batch not in alone:
                 alone[batch] = launch(args, model, "", 1, batch)
+            if alone[batch] is None:
+                break
             base = alone[batch]
             found = launch(args, model, "" if other else layout, ranks, batch, kernel if other else "auto")
             if found is None or base is None:
