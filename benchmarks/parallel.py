@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from nano3.train.optim import AdamW
 from nano3.train.plan import rank_parts, uses_bf16
 from nano3.train.step import training_step
 
+WARM_UP = 3  # steps that are not timed
 CALLS = {"all_to_all_single": dist, "all_reduce": dist, "isend": dist}
 CALLS |= {"_reduce_scatter": collectives, "_all_gather": collectives}
 
@@ -74,6 +74,13 @@ def count_bytes(sent: dict[str, int]) -> None:
         setattr(module, name, counting(name.lstrip("_"), getattr(module, name)))
 
 
+def wait(optimizer: AdamW) -> None:
+    """Until everything that was asked for is done."""
+    optimizer.finish_gather()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def worker(args: argparse.Namespace) -> None:
     """One rank of one layout: trains, times, and leaves a record."""
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -88,19 +95,17 @@ def worker(args: argparse.Namespace) -> None:
     model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
     initialise(model, config.model, config.rng.seed, mesh.device)
     optimizer = AdamW(model, config.optimizer)
-    losses, seconds = [], []
-    for step in range(args.steps):
-        batches = rows(config, mesh, step)
-        if cuda:
-            torch.cuda.synchronize()
-        before, begin = dict(sent), time.perf_counter()
-        report = training_step(model, optimizer, batches, config, mesh, 1e-4, False)
-        optimizer.finish_gather()
-        if cuda:
-            torch.cuda.synchronize()
-        losses.append(report.loss)
-        seconds.append(time.perf_counter() - begin)
-    step_s = statistics.median(seconds[2:])
+    data = [rows(config, mesh, step) for step in range(args.steps)]
+    losses, begin = [], 0.0
+    for step, batches in enumerate(data):
+        if step == WARM_UP:
+            wait(optimizer)
+            begin = time.perf_counter()
+        before = dict(sent)
+        # No wait between steps: the gathering of the parameters runs on into the next forward pass, as in training.
+        losses.append(training_step(model, optimizer, batches, config, mesh, 1e-4, False).loss)
+    wait(optimizer)
+    step_s = (time.perf_counter() - begin) / (args.steps - WARM_UP)
     record = {
         "model": args.model,
         "layout": args.worker or "alone",
@@ -116,7 +121,7 @@ def worker(args: argparse.Namespace) -> None:
     if rank == 0:
         Path(args.record).write_text(json.dumps(record))
     if world > 1:
-        dist.barrier()
+        dist.barrier(group=mesh.host)
     sys.stdout.flush()
     os._exit(0)
 
