@@ -46,7 +46,7 @@ def config_of(args: argparse.Namespace, layout: str) -> Config:
         settings += [f"model.hybrid_override_pattern={args.pattern}", f"dataset.seq_length={args.seq_length}"]
     settings += [f"parallel.{o}" for o in ("tp=1", "ep=1", "pp=1", *layout.split())]
     settings += [f"train.global_batch_size={args.batch}", "train.micro_batch_size=1", f"train.device={args.device}"]
-    settings += [f"model.kernels.attention={args.attention}"]
+    settings += args.set
     return resolve(parser().parse_args(settings))[0]
 
 
@@ -81,6 +81,18 @@ def wait(optimizer: AdamW) -> None:
         torch.cuda.synchronize()
 
 
+def trace(step: Callable[[], object], args: argparse.Namespace, rank: int) -> None:
+    """Write a Chrome trace of one more step, by the layout and the rank."""
+    folder = Path(args.trace)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as recorded:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    name = f"{args.model}-{args.worker.replace(' ', '-') or 'alone'}-{rank}.json.gz"
+    recorded.export_chrome_trace(str(folder / name))
+
+
 def worker(args: argparse.Namespace) -> None:
     """One rank of one layout: trains, times, and leaves a record."""
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -94,7 +106,7 @@ def worker(args: argparse.Namespace) -> None:
     parts = rank_parts(config, mesh.pp.rank)
     model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
     initialise(model, config.model, config.rng.seed, mesh.device)
-    optimizer = AdamW(model, config.optimizer)
+    optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
     data = [rows(config, mesh, step) for step in range(args.steps)]
     losses, begin = [], 0.0
     for step, batches in enumerate(data):
@@ -118,6 +130,8 @@ def worker(args: argparse.Namespace) -> None:
         "losses": losses,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+    if args.trace:
+        trace(lambda: training_step(model, optimizer, data[-1], config, mesh, 1e-4, False), args, rank)
     if rank == 0:
         Path(args.record).write_text(json.dumps(record))
     if world > 1:
@@ -126,9 +140,7 @@ def worker(args: argparse.Namespace) -> None:
     os._exit(0)
 
 
-def launch(
-    args: argparse.Namespace, model: str, layout: str, ranks: int, batch: int, attention: str = "auto"
-) -> dict | None:
+def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch: int, *extra: str) -> dict | None:
     """Run one layout in processes of its own.  Returns its record, or None and the reason printed."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
@@ -136,7 +148,9 @@ def launch(
         command += ["-m", "benchmarks.parallel", "--worker", layout, "--model", model, "--record", str(record)]
         for name in ("pattern", "seq_length", "steps", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        command += ["--attention", attention]
+        command += ["--set", *args.set, *extra]
+        if args.trace:
+            command += ["--trace", args.trace]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False, env=env)
         if not record.exists():
@@ -155,11 +169,12 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=1, help="sequences a data-parallel rank trains on per step")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--device", default="cuda")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, as of train.py")
+    p.add_argument("--trace", default="", metavar="FOLDER", help="write a Chrome trace of each run's last step there")
     p.add_argument("--out", default="", metavar="JSON")
     p.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     p.add_argument("--record", default=None, help=argparse.SUPPRESS)
     p.add_argument("--batch", type=int, default=0, help=argparse.SUPPRESS)
-    p.add_argument("--attention", default="auto", help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.worker is not None:
         args.model = args.model[0]
@@ -181,7 +196,8 @@ def main() -> None:
             if alone[batch] is None:
                 break
             base = alone[batch]
-            found = launch(args, model, "" if other else layout, ranks, batch, kernel if other else "auto")
+            extra = [f"model.kernels.attention={kernel}"] if other else []
+            found = launch(args, model, "" if other else layout, ranks, batch, *extra)
             if found is None or base is None:
                 continue
             found["layout"] = layout or f"dp={args.ranks}"

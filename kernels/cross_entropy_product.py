@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels._common import free_sms
 from kernels._descriptors import descriptor
 
 TILE_M, TILE_N, TILE_K, WARPS, STAGES = 128, 256, 64, 8, 3
@@ -119,7 +120,7 @@ def multiply_(
     M, N = c.shape
     K = a.shape[0] if a_t else a.shape[1]
     if programs is None:
-        programs = torch.cuda.get_device_properties(c.device).multi_processor_count
+        programs = free_sms(c.device)
     tiles = triton.cdiv(M, TILE_M) * triton.cdiv(N, TILE_N)
     rest = tiles % programs
     # With many rounds the last one hardly counts.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels._common import INTERPRET
+from kernels._common import INTERPRET, free_sms
 from kernels._descriptors import descriptor
 
 
@@ -94,4 +94,4 @@ def describe_matrices(x: Tensor, rows: int, cols: int) -> TensorDescriptor | Non
 
 def resident_programs(x: Tensor, per_sm: int) -> int:
     """As many as run at once.  3 under the interpreter: enough that a program has several tiles."""
-    return 3 if INTERPRET else per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 3 if INTERPRET else per_sm * free_sms(x.device)
