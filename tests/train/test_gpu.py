@@ -1,9 +1,13 @@
 """The same run on the GPU: kernels on, against the CPU in fp32."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from nano3.cli import parser, resolve
+from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.mesh import Mesh
 from nano3.train.loop import Trainer
 from tests.oracles import CPU
@@ -11,11 +15,14 @@ from tests.oracles import CPU
 STEPS = 20
 
 
-def losses(device: str, precision: str) -> list[float]:
+def trainer_on(device: str, precision: str, *overrides: str) -> Trainer:
     args = ["--mode", "pretrain", "--preset", "tiny", f"train.device={device}", f"train.precision={precision}"]
-    config, name = resolve(parser().parse_args(args))
-    mesh = Mesh(0, 1, torch.device(device), None)
-    trainer = Trainer(config, name, mesh)
+    config, name = resolve(parser().parse_args([*args, *overrides]))
+    return Trainer(config, name, Mesh(device=torch.device(device)))
+
+
+def losses(device: str, precision: str) -> list[float]:
+    trainer = trainer_on(device, precision)
     trainer.first, trainer.saved = 0, None
     return [trainer._step()[0].loss for _ in range(STEPS)]
 
@@ -56,8 +63,27 @@ def test_two_runs_on_the_gpu_are_equal_to_the_bit() -> None:
 
 
 @pytest.mark.gpu
+def test_resume_on_the_gpu_is_bitwise(tmp_path: Path) -> None:
+    def run(folder: str, *overrides: str) -> Trainer:
+        fixed = ["train.train_iters=20", "validation.eval_interval=0", "checkpoint.save_interval=10"]
+        trainer = trainer_on("cuda", "bf16", f"logger.run_dir={tmp_path / folder}", *fixed, *overrides)
+        trainer.run()
+        return trainer
+
+    straight = run("straight")
+    resumed = run("resumed", f"checkpoint.load={tmp_path / 'straight' / 'checkpoints' / 'iter_0000010'}")
+    for (n, a), b in zip(named_tensors(straight.model).items(), named_tensors(resumed.model).values(), strict=True):
+        assert torch.equal(a, b), n
+    ours, theirs = straight.optimizer.state(), resumed.optimizer.state()
+    assert all(torch.equal(theirs[n][k], v) for n, kept in ours.items() for k, v in kept.items())
+    logs = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("straight", "resumed")]
+    losses = [[json.loads(line)["loss"] for line in log if '"train"' in line] for log in logs]
+    assert len(losses[1]) == 10
+    assert losses[0][10:] == losses[1]
+
+
+@pytest.mark.gpu
 def test_initial_values_on_the_gpu_are_the_cpus() -> None:
-    from nano3.model.init import allocate, initialise, named_tensors
     from nano3.train.checkpoint import build
     from tests.oracles import GOLDEN
 
