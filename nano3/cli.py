@@ -21,6 +21,7 @@ ALIASES = {  # what NVIDIA's commands say -> what it is here
     "model.pipeline_model_parallel_size": "parallel.pp",
     "model.virtual_pipeline_model_parallel_size": "parallel.virtual_pp",
     "model.context_parallel_size": "parallel.cp",
+    "peft.dim": "peft.rank",
     "ddp.grad_reduce_in_fp32": "parallel.grad_reduce_in_fp32",
 }
 UNITS = ("iters", "samples", "tokens", "fraction")
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         help="if checkpoint.load is damaged, take the newest checkpoint beside it that is not",
     )
     p.add_argument("--seq-length", metavar="N", help="tokens per sequence")
+    p.add_argument("--peft", metavar="SCHEME", help="lora: train adapters beside the frozen weights (docs/finetuning.md)")
     p.add_argument(
         "--dry-run", action="store_true", help="print parameters, memory and messages of each rank, then stop; no GPU"
     )
@@ -71,6 +73,7 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
         "dataset.per_split_data_args_path": args.per_split_data_args_path,
         "tokenizer.tokenizer_model": args.tokenizer_model,
         "dataset.seq_length": args.seq_length,
+        "peft.scheme": args.peft,
         "checkpoint.resume_from_last_good": args.resume_from_last_good or None,
     }
     layers = [
@@ -170,6 +173,7 @@ def validate(config: Config) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not a finite number")
     config.model.validate()
+    config.peft.validate()
     t, s, d, v = config.train, config.scheduler, config.dataset, config.validation
     if t.train_iters is None and t.train_samples is None and t.train_tokens is None:
         raise UserError("train: how long? Set train.train_iters, train.train_samples or train.train_tokens")
@@ -196,7 +200,8 @@ def validate(config: Config) -> None:
     k = config.checkpoint.most_recent_k
     if k == 0 or k < -1:
         raise UserError(f"checkpoint.most_recent_k={k} would keep nothing; use 1 or more, or -1 to keep all")
-    if config.checkpoint.load is not None and config.checkpoint.pretrained_checkpoint is not None:
+    both = config.checkpoint.load is not None and config.checkpoint.pretrained_checkpoint is not None
+    if both and not config.peft.adapts:  # adapters are resumed, and lie beside weights that come from elsewhere
         raise UserError(
             f"checkpoint.load={config.checkpoint.load} resumes a run and checkpoint.pretrained_checkpoint="
             f"{config.checkpoint.pretrained_checkpoint} starts a new one; give one of them"

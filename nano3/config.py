@@ -336,6 +336,63 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class PeftConfig:
+    """What is trained: everything, everything but what is frozen, or adapters beside frozen weights."""
+
+    scheme: str = "none"  # none, or lora: y = x W^T + scale * x A^T B^T with W frozen
+    # names as NVIDIA or Hugging Face spell them, or globs; a prefix such as shared_experts. narrows a name
+    target_modules: list[str] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj", "out_proj"]
+    )
+    exclude_modules: list[str] = field(default_factory=list)
+    rank: int = 32  # r: A is (r, in), B is (out, r)
+    alpha: float = 32.0  # scale = alpha / r
+    rslora: bool = False  # scale = alpha / sqrt(r)  (arXiv:2312.03732)
+    dora: bool = False
+    dropout: float = 0.0
+    experts: str = "per-expert"  # of routed experts: an adapter for each, one shared by a layer's, or none
+    freeze_router: bool | None = None  # weights and selection biases; None: with lora yes, otherwise no
+    freeze: list[str] = field(default_factory=list)  # globs of tensors that full training leaves alone
+    base_dtype: str = "bf16"  # of frozen weights on a GPU
+
+    @property
+    def adapts(self) -> bool:
+        return self.scheme != "none"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def router_frozen(self) -> bool:
+        return self.adapts if self.freeze_router is None else self.freeze_router
+
+    def validate(self) -> None:
+        """Raise UserError on settings that cannot be, whatever the model."""
+        if self.scheme not in ("none", "lora"):
+            raise UserError(f"peft.scheme={self.scheme!r} is not available; use lora (--peft lora) or none")
+        if self.rank < 1:
+            raise UserError(f"peft.rank={self.rank} must be at least 1")
+        if self.alpha <= 0:
+            raise UserError(f"peft.alpha={self.alpha} must be positive; NVIDIA's default is peft.alpha=32")
+        if self.dora:
+            raise UserError("peft.dora=true is not available in this version; use plain LoRA, or peft.rslora=true")
+        if self.dropout:
+            raise UserError(
+                f"peft.dropout={self.dropout}: adapters have no dropout here, since training draws no random numbers "
+                "(so any layout and any resumed run gives one result); use peft.dropout=0"
+            )
+        if self.experts not in ("per-expert", "shared", "none"):
+            raise UserError(f"peft.experts={self.experts!r} is not known; choose from per-expert, shared, none")
+        if self.base_dtype != "bf16":
+            raise UserError(
+                f"peft.base_dtype={self.base_dtype!r} is not available in this version; use peft.base_dtype=bf16"
+            )
+        if self.adapts and self.freeze:
+            raise UserError("peft.freeze is for full training; --peft lora freezes everything but its adapters")
+
+
+@dataclass(kw_only=True)
 class LoggerConfig:
     run_dir: str | None = None  # None: runs/NAME, numbered if that exists
     log_interval: int = 10  # iterations between printed lines when the output is a terminal; every one otherwise
@@ -363,6 +420,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     rng: RngConfig = field(default_factory=RngConfig)
 

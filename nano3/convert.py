@@ -95,6 +95,7 @@ def open_checkpoint(path: str | Path, setting: str, strict: bool = True) -> tupl
     Reads the manifest and headers, no tensor, and no checksum.  strict: see `open_model`.
     """
     folder = checkpoint.find(path, setting)
+    checkpoint.refuse_adapters(folder, setting)
     manifest = read_manifest(folder, setting)
     try:
         config = checkpoint.read_config(folder).model

@@ -91,10 +91,10 @@ def main() -> int:
     p.add_argument("--tokenizer-model", metavar="PATH", help="default: the one it was trained with")
     args = p.parse_args()
     # The command line sits above the library: reading checkpoints and data is not the model's business.
+    from nano3.adapters import load_model
     from nano3.data.corpus import tokenizer_name
     from nano3.data.tokenizer import load_tokenizer
     from nano3.parallel.mesh import pick_device
-    from nano3.train.checkpoint import load_model
 
     try:
         for name, ok in [

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kernels._common import INTERPRET, triton
+from nano3 import adapters
 from nano3.cli import difference, to_yaml
 from nano3.config import Config, UserError
 from nano3.data.corpus import load_dataset, tokenizer_name
@@ -44,16 +45,22 @@ class Trainer:
         self.data = load_dataset(config, self.tokenizer)
         dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
         parts = rank_parts(config, mesh.pp.rank)
-        self.model = allocate(checkpoint.build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
+        model = checkpoint.build(config.model, config.recompute, mesh, parts, config.peft)
+        self.model = allocate(model, mesh.device, dtype)
         self.progress = Progress()
         self.loaded = self._resumable()
-        if self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
+        self.recipe = None  # of the adapters, if that is what is trained
+        if config.peft.adapts:
+            initialise(self.model, config.model, config.rng.seed, adapters_only=True)
+        elif self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
             initialise(self.model, config.model, config.rng.seed)
         self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32)
+        if config.peft.adapts:
+            self.recipe = adapters.start(config, self.loaded, self.model, self.optimizer)
         if self.loaded is not None:
             good = config.checkpoint.resume_from_last_good
             self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer, good)
-        elif (weights := config.checkpoint.pretrained_checkpoint) is not None:
+        elif self.recipe is None and (weights := config.checkpoint.pretrained_checkpoint) is not None:
             checkpoint.load_weights(weights, "checkpoint.pretrained_checkpoint", self.model, self.optimizer)
         pin = mesh.device.type == "cuda"
         self.batches = stream(self.data, "train", self.progress.samples, self.place, config.dataset.num_workers, pin)
@@ -79,7 +86,8 @@ class Trainer:
         log = Log(config, folder, total, self.mesh.is_main)
         if self.mesh.is_main:
             (folder / "config.yaml").write_text(to_yaml(config))
-        self.saver = Saver(self.save_to, config, self.mesh)
+        recipe = {} if self.recipe is None else {checkpoint.RECIPE: self.recipe.to_json()}
+        self.saver = Saver(self.save_to, config, self.mesh, recipe)
         self._introduce(log, folder)
         started, spent, trained, last_eval = time.monotonic(), 0.0, 0, None
         if config.validation.eval_iters:

@@ -91,7 +91,8 @@ def training_step(
 
 
 def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh) -> list[float]:
-    """Move the selection biases by the whole step's counts.  Returns each layer's max over mean load, on every rank."""
+    """Move the selection biases by the whole step's counts, unless the routers are frozen.  Returns each layer's max
+    over mean load, on every rank."""
     c = model.config
     at = {str(i): n for n, i in enumerate(i for i, x in enumerate(c.hybrid_override_pattern) if x == "E")}
     if not at:
@@ -100,7 +101,8 @@ def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh) -> list[flo
     if counts:
         total = all_sum(torch.cat(counts), mesh.block.group)
         for (layer, router), counts_E in zip(model.routers.items(), total, strict=True):
-            update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
+            if not model.peft.router_frozen:
+                update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
             loads[at[layer]] = counts_E.amax() / counts_E.double().mean()
     return all_sum(loads, mesh.pp.group).tolist()
 

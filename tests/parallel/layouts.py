@@ -23,8 +23,10 @@ from torch import Tensor
 from nano3.config import Config
 from nano3.data.loader import Batch
 from nano3.model.generate import generate
-from nano3.model.init import allocate, initialise, named_tensors
-from nano3.model.layout import axis_of, split_of
+from nano3.model.init import allocate, generator, initialise, named_tensors
+from nano3.model.layout import axis_of, split_of, whole_shapes
+from nano3.model.lora import adapted
+from nano3.model.model import Nano3
 from nano3.parallel.layout import check_layout
 from nano3.parallel.mesh import ALONE, Mesh, lay_out
 from nano3.train import checkpoint
@@ -114,11 +116,23 @@ class Case:
     load: str | None = None
 
 
+@torch.no_grad()
+def wake_adapters(model: Nano3) -> None:
+    """Give B something other than zero, so that the first step has every gradient."""
+    shapes = whole_shapes(model.config, model.peft)
+    for name, tensor in model.named_parameters():
+        if adapted(name) is not None and name.endswith(".B"):
+            whole = torch.randn(shapes[name], generator=generator(6, name), dtype=tensor.dtype) / 4
+            split = split_of(name, model.config, model.mesh.tp.size)
+            tensor.copy_(whole if split is None else split.take(whole, axis_of(split, model.mesh)))
+
+
 def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
     """STEPS optimizer steps in float64, an evaluation, and some greedy tokens."""
     parts = rank_parts(config, mesh.pp.rank)
-    model = allocate(build(config.model, config.recompute, mesh, parts), CPU, torch.float64)
+    model = allocate(build(config.model, config.recompute, mesh, parts, config.peft), CPU, torch.float64)
     initialise(model, config.model, seed=5)
+    wake_adapters(model)
     if case.starve:
         for router in model.routers.values():
             router.e_score_correction_bias[1] = -10.0
@@ -174,9 +188,12 @@ def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[s
         "evaluation": far([mine.evaluation], [truth.evaluation]),
         "text": float(mine.text != truth.text),
         "gradients": max(
-            distance(n, g, optimizer.shard(n, share(n, theirs[n])), theirs[n])
-            for ours, theirs in zip(mine.gradients, truth.gradients[-steps:], strict=True)
-            for n, g in ours.items()
+            (
+                distance(n, g, optimizer.shard(n, share(n, theirs[n])), theirs[n])
+                for ours, theirs in zip(mine.gradients, truth.gradients[-steps:], strict=True)
+                for n, g in ours.items()
+            ),
+            default=0.0,  # a stage with nothing but frozen tensors
         ),
         "tensors": max(distance(n, t, share(n, truth.tensors[n]), truth.tensors[n]) for n, t in mine.tensors.items()),
     }

@@ -83,6 +83,38 @@ def test_an_expert_without_a_token(pool: Pool, layout: str) -> None:
     check(pool, case(8, layout, starve=True))
 
 
+LORA = ("peft.scheme=lora", "peft.rank=4")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "more"),
+    [
+        (2, "tp=2", ()),
+        (4, "ep=4", ()),
+        (2, "pp=2", ()),
+        (2, "", ()),
+        (8, "tp=4 ep=2 pp=2", ()),
+        (4, "tp=2 ep=4", ("peft.experts=shared", "peft.rslora=true")),
+        (4, "pp=4", ("peft.target_modules=[q_proj]",)),  # three stages without a trained tensor
+        (4, "tp=2 ep=2", ("peft.target_modules=[up_proj]", "peft.freeze_router=false", "train.recompute=full")),
+    ],
+    ids=lambda v: str(v).replace(" ", "-") if isinstance(v, str) else None,
+)
+def test_adapters_are_the_same_in_every_layout(pool: Pool, ranks: int, layout: str, more: tuple[str, ...]) -> None:
+    check(pool, case(ranks, layout, *LORA, *more))
+
+
+def test_adapters_of_one_layout_go_on_in_another(pool: Pool, tmp_path: Path) -> None:
+    check(pool, case(4, "tp=2 ep=4", *LORA, save=str(tmp_path)))
+    check(pool, case(2, "pp=2", *LORA, load=str(tmp_path)))
+
+
+def test_full_training_leaves_frozen_tensors_alone(pool: Pool, tmp_path: Path) -> None:
+    freeze = ("peft.freeze=[embeddings.weight,layers.1.*,'*.in_proj.weight']", "peft.freeze_router=true")
+    check(pool, case(4, "tp=2 pp=2", *freeze, save=str(tmp_path)))
+    check(pool, case(2, "ep=2", *freeze, load=str(tmp_path)))
+
+
 @pytest.mark.parametrize("kinds", ["full", "[moe]", "[mamba,attention]"])
 def test_recompute_repeats_the_collectives(pool: Pool, kinds: str) -> None:
     check(pool, case(8, "tp=2 ep=4 pp=2", f"train.recompute={kinds}"))
