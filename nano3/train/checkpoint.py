@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nano3 import hf
 from nano3.cli import to_yaml
 from nano3.config import Config, ModelConfig, UserError, merge
+from nano3.data.corpus import tokenizer_name
 from nano3.model.init import allocate, named_tensors
 from nano3.model.layout import Piece, pieces, split_of, whole_shapes
 from nano3.model.model import Nano3
@@ -253,6 +254,17 @@ def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW) -> Non
     folder, manifest = open_verified(path, setting, model.mesh)
     check_geometry(manifest, model, folder, setting)
     read(Container(folder, manifest), wanted(model, optimizer, manifest.tensors), model.mesh)
+
+
+def tokenizer_in(path: str) -> str | None:
+    """The tokenizer that belongs to a checkpoint or a Hugging Face folder or id, as tokenizer.tokenizer_model."""
+    if not _is_ours(path):
+        return path
+    folder = find(path, "checkpoint.pretrained_checkpoint")
+    if any((folder / "hf" / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return str(folder / "hf")  # it was imported with it
+    name = tokenizer_name(read_config(folder))
+    return None if name == "none" else name
 
 
 def _is_ours(path: str) -> bool:
