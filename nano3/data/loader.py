@@ -27,6 +27,13 @@ class Batch(NamedTuple):
     seq_idx: Tensor | None = None  # the document of each token of packed rows
     real: Tensor | None = None  # bool: False for padding, which then enters no loss, no count and no balance term
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: the tokens of each row that are not padding."""
+        if self.real is None:
+            return torch.full(self.tokens.shape[:1], self.tokens.shape[1])
+        return self.real.sum(1)
+
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
 

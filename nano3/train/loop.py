@@ -94,7 +94,7 @@ class Trainer:
             while self.progress.iteration < total and not stop:
                 begin = time.monotonic()
                 report, lr = self._step()
-                spent, trained = spent + time.monotonic() - begin, trained + report.tokens
+                spent, trained = spent + time.monotonic() - begin, trained + report.real
                 iteration = self.progress.iteration
                 left = spent / (iteration - self.first) * (total - iteration)
                 log.step(iteration, self._row(report, lr, time.monotonic() - begin), left)
@@ -204,7 +204,7 @@ class Trainer:
         self.asked_to_stop = True
 
     def _row(self, r: StepReport, lr: float, seconds: float) -> dict[str, object]:
-        speed = r.tokens / seconds
+        speed = r.real / seconds
         row = {"loss": r.loss, "lr": lr, "grad_norm": r.grad_norm, "tokens_per_second": speed, "seconds": seconds}
         row |= {"samples": self.progress.samples, "tokens": self.progress.tokens}
         if r.loads:
