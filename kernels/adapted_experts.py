@@ -35,8 +35,7 @@ def adapted_experts_reference(
 ) -> Tensor:
     """The formula with the update written out: every expert on every token."""
     up, down = (
-        w if pair is None else w + scale * (pair[1] @ pair[0])
-        for w, pair in ((up_EFD, up_lora), (down_EDF, down_lora))
+        w if pair is None else w + scale * (pair[1] @ pair[0]) for w, pair in ((up_EFD, up_lora), (down_EDF, down_lora))
     )
     dense_TE = weights_TK.new_zeros(x_TD.shape[0], up.shape[0]).scatter_add(-1, experts_TK, weights_TK)
     hidden = torch.einsum("td,efd->tef", x_TD, up).relu().square() * dense_TE.unsqueeze(-1).to(x_TD.dtype)
@@ -83,7 +82,7 @@ def adapted_experts(
     *,
     rows: int | None = None,
 ) -> Tensor:
-    """`grouped_gemm.experts` with adapters; None: without one.  All but these are its arguments, and so are their dtypes.
+    """`grouped_gemm.experts` with adapters (None: without one); all other arguments are its own.
 
     x: (T, D); weights: (T, K) fp32; experts_TK: (T, K), E for a choice that is computed elsewhere; counts: (E,); up:
     (E, F, D); down: (E, D, F); up_lora, down_lora: (A, B) of shapes (E, r, in), (E, out, r), or one for all experts,

@@ -29,6 +29,7 @@ import numpy as np
 
 from nano3.config import DatasetConfig, UserError
 from nano3.data.indexed import IndexedDataset
+from nano3.data.row import Windows
 from nano3.data.sampling import Cache, Samples, check_vocabulary, parse_split, split_documents
 
 SPLITS = ("train", "valid", "test")
@@ -252,7 +253,7 @@ class Blend:
 # --- the data set
 
 
-class BlendedDataset:
+class BlendedDataset(Windows):
     """A Dataset (see corpus.py) over indexed files.  sources: what each split is made of, see `read_blend`."""
 
     def __init__(

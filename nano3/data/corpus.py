@@ -1,32 +1,30 @@
-"""Data for the first minute: text that every machine has, and token ids that need none.
+"""Which data the settings mean; and data for the first minute: text that every machine has, and ids that need none.
 
-A data set answers one question: what is sample `index` of a split?  The answer depends on (seed, index) alone, so a
-batch is the same on any number of ranks, and a run resumes anywhere by counting.
+A data set answers one question: what is row `index` of a split?  The answer depends on (seed, index) alone, so a batch
+is the same on any number of ranks, and a run resumes anywhere by counting.
 """
 
 from __future__ import annotations
 
 import sysconfig
+from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from nano3.config import Config, UserError
 from nano3.data.blend import has_blend, load_blend
-from nano3.data.tokenizer import Tokenizer
+from nano3.data.packing import WINDOW, Packed, Rows
+from nano3.data.row import Dataset, Windows
+from nano3.data.supervised import SupervisedOptions, load_supervised
+from nano3.data.tiktoken_vocab import TiktokenOptions
+from nano3.data.tokenizer import Tokenizer, load_tokenizer
 
 VALID_EVERY = 20  # of the embedded files, in their fixed order, every 20th is validation
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
-class Dataset(Protocol):
-    def sample(self, split: str, index: int) -> np.ndarray:
-        """`seq_length + 1` ids (int64) of split `train` or `valid`; every index from 0 on is defined."""
-        ...
-
-
-class EmbeddedText:
+class EmbeddedText(Windows):
     """The source text of Python's own standard library, as installed: about 14 MB of Python.
 
     Files in the order of their names, each ended by eod and every VALID_EVERY-th held out; tests are left out.
@@ -66,7 +64,7 @@ class EmbeddedText:
         return tokens[start : start + self.S + 1].astype(np.int64)
 
 
-class MockTokens:
+class MockTokens(Windows):
     """Arithmetic progressions modulo the vocabulary, start and stride drawn per sample: learnable, without a file.
 
     The stride is one of 16, so a model that has seen two tokens can know all that follow.
@@ -81,18 +79,52 @@ class MockTokens:
         return (start + stride * np.arange(self.S + 1, dtype=np.int64)) % self.V
 
 
+def is_supervised(config: Config) -> bool:
+    """Do the settings mean prompts with answers, or conversations?"""
+    return config.dataset.name not in ("embedded", "mock") and not has_blend(config.dataset)
+
+
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
-    """A blend of indexed files if the settings name one, else what dataset.name says."""
-    if has_blend(config.dataset):
-        seed = config.rng.seed if config.dataset.random_seed is None else config.dataset.random_seed
-        return load_blend(config.dataset, seed, config.model.vocab_size, valid=config.validation.eval_iters > 0)
-    if config.dataset.name == "embedded":
-        return EmbeddedText(tokenizer, config.dataset.seq_length, config.rng.seed)
-    return MockTokens(config.model.vocab_size, config.dataset.seq_length, config.rng.seed)
+    """A blend of indexed files if the settings name one, else what dataset.path or dataset.name says."""
+    d, valid = config.dataset, config.validation.eval_iters > 0
+    if has_blend(d):
+        if d.path is not None:
+            raise UserError(f"dataset.path={d.path} and a blend are two kinds of data; give one of them")
+        seed = config.rng.seed if d.random_seed is None else d.random_seed
+        return load_blend(d, seed, config.model.vocab_size, valid)
+    if d.name == "embedded":
+        return EmbeddedText(tokenizer, d.seq_length, config.rng.seed)
+    if d.name == "mock":
+        return MockTokens(config.model.vocab_size, d.seq_length, config.rng.seed)
+    about: list[str] = []
+    options = SupervisedOptions(**{f.name: getattr(d, f.name) for f in fields(SupervisedOptions)})
+    samples = load_supervised(tokenizer, d.seq_length, options, about.append, valid)
+    window = WINDOW if d.packed_sequence else 0
+    splits = {split: Packed(s, d.seq_length, window, d.seed) for split, s in samples.items()}
+    return Rows(splits, d.seq_length, d.seed, tokenizer.eod, about)
 
 
 def tokenizer_name(config: Config) -> str:
-    """What `tokenizer.tokenizer_model=auto` means for this data."""
+    """What `tokenizer.tokenizer_model=auto` means for this data, where no checkpoint says it."""
     if config.tokenizer.tokenizer_model != "auto":
         return config.tokenizer.tokenizer_model
+    if is_supervised(config):
+        if config.model.vocab_size == 256:
+            return "bytes"
+        raise UserError(
+            "tokenizer.tokenizer_model: supervised data is text, and the checkpoint brings no tokenizer; give the "
+            "model's, e.g. --tokenizer-model FOLDER"
+        )
     return "bytes" if config.dataset.name == "embedded" and not has_blend(config.dataset) else "none"
+
+
+def open_tokenizer(config: Config, name: str | None = None) -> Tokenizer:
+    """The tokenizer of the settings, or the one called `name`."""
+    t = config.tokenizer
+    options = TiktokenOptions(
+        pattern=t.pattern,
+        special_tokens=None if t.special_tokens is None else tuple(t.special_tokens),
+        num_special_tokens=t.num_special_tokens,
+        vocab_size=t.vocab_size,
+    )
+    return load_tokenizer(name or tokenizer_name(config), config.model.vocab_size, options)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nano3.config import KINDS, ModelConfig, PeftConfig
 from nano3.model.attention import Attention
-from nano3.model.cache import LayerState, Rows
+from nano3.model.cache import LayerState, Rows, rows_of
 from nano3.model.mamba import Mamba
 from nano3.model.moe import MLP, Balance, MoE
 from nano3.model.norm import RMSNorm
@@ -105,8 +105,7 @@ class Nano3(nn.Module):
         start, stop = self.parts[part]
         if start == 0:
             x = self.embed(x, whole)
-        tp = self.mesh.tp
-        rows = Rows(seq_idx, None if real is None else real.chunk(tp.size, dim=1)[tp.rank])
+        rows = rows_of(seq_idx, real, self.mesh.tp)
         balance = []
         for i in range(start, stop):
             block, state = self.layers[str(i)], None if cache is None else cache[i]

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nano3 import hf
 from nano3.cli import to_yaml
 from nano3.config import Config, ModelConfig, PeftConfig, UserError, merge
+from nano3.data.corpus import tokenizer_name
 from nano3.model.init import allocate, named_tensors
 from nano3.model.layout import Piece, pieces, split_of, whole_shapes
 from nano3.model.lora import adapted, attach, kept
@@ -34,7 +35,6 @@ from nano3.train import storage
 from nano3.train.engine import read, write
 from nano3.train.optim import AdamW
 from nano3.train.storage import MANIFEST, POINTER, Container, Manifest, Progress, read_manifest
-
 
 RECIPE = "adapter.json"  # marks a checkpoint that holds adapters alone (`nano3/adapters.py`)
 
@@ -291,6 +291,17 @@ def refuse_adapters(folder: Path, setting: str) -> None:
             f"{setting}: {folder} holds adapters, not a model; give the model they were trained on, or make one of "
             f"both: python merge_lora.py --hf-model-path BASE --lora-checkpoint {folder} --output OUT"
         )
+
+
+def tokenizer_in(path: str) -> str | None:
+    """The tokenizer that belongs to a checkpoint or a Hugging Face folder or id, as tokenizer.tokenizer_model."""
+    if not is_ours(path):
+        return path
+    folder = find(path, "checkpoint.pretrained_checkpoint")
+    if any((folder / "hf" / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return str(folder / "hf")  # it was imported with it
+    name = tokenizer_name(read_config(folder))
+    return None if name == "none" else name
 
 
 def is_ours(path: str) -> bool:

@@ -124,7 +124,11 @@ class AdamW:
         gradients = self.reduced_gradients()
         held = {n: g for n, g in gradients.items() if g.numel()}
         counted = [g for n, g in held.items() if self._counted(n)]
-        norm = nn.utils.get_total_norm(counted) if counted else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        norm = (
+            nn.utils.get_total_norm(counted)
+            if counted
+            else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        )
         if self.mesh.world > 1:
             norm = all_sum(norm.square().double(), self.mesh.all.group).sqrt().to(norm.dtype)
         if self.config.clip_grad > 0 and held:

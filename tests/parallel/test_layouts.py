@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nano3.data.packing import Packed, write_packed
+from nano3.data.supervised import Reader, SupervisedOptions, Tally, collect
+from nano3.data.tokenizer import load_tokenizer
+from tests.data.chat_cases import CASES, NEMOTRON, trained_tokenizer
 from tests.parallel.layouts import Case, Pool
 
 # float64 sums in another order differ by about 1e-15 each; three Adam steps divide by square roots of gradients that
@@ -76,6 +80,39 @@ def test_layout_equals_one_process(pool: Pool, ranks: int, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["tp=4 ep=2 pp=2", "tp=2 ep=8", "pp=4 virtual_pp=2 ep=2 micro=1"])
 def test_packed_rows_keep_their_boundaries(pool: Pool, layout: str) -> None:
     check(pool, case(8, layout, packed=True))
+
+
+@pytest.fixture(scope="module")
+def packed_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Questions and conversations, read as a user's files would be and packed into rows of 128 tokens."""
+    folder = tmp_path_factory.mktemp("packed")
+    trained_tokenizer(NEMOTRON).save_pretrained(folder)
+    reader = Reader(load_tokenizer(str(folder), 512), 128, SupervisedOptions())
+    squad = [
+        {"context": f"It is {what} here. ", "question": "How is it?", "answers": {"text": [f"{what} " * (n % 3 + 1)]}}
+        for n, what in enumerate(("wet", "cold", "warm", "dry") * 2)
+    ]
+    chat = [{"messages": m, "tools": tools} for m, tools, _ in CASES.values()]
+    paths = {}
+    for name, records in (("squad", squad), ("chat", chat)):
+        samples = collect(reader.read(((name, {k: v for k, v in r.items() if v}) for r in records), Tally()))
+        packed = Packed(samples, 128, seed=1)
+        assert len(packed) < len(samples) >= 6
+        paths[name] = str(folder / f"{name}.parquet")
+        write_packed(Path(paths[name]), packed, 128, "test")
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["squad", "chat"])
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, "tp=2"), (2, "pp=2"), (2, ""), (8, "tp=2 ep=4 pp=2"), (8, "ep=4 micro=1")]
+)
+def test_packed_samples_train_as_they_do_one_by_one(
+    pool: Pool, packed_files: dict[str, str], ranks: int, layout: str, kind: str
+) -> None:
+    """Loss, balance loss, every gradient, counts of experts (by the biases that they move), evaluation."""
+    more = ("dataset.seq_length=128", "model.vocab_size=512")
+    check(pool, case(ranks, layout, *more, data=packed_files[kind]))
 
 
 @pytest.mark.parametrize("layout", ["ep=8", "tp=2 ep=4 pp=2", "tp=4 ep=4"])
