@@ -97,7 +97,9 @@ def test_one_number_changes_the_fingerprint(base: str, tmp_path: Path) -> None:
     first = adapters.fingerprint(source)
     assert first == adapters.fingerprint(source, workers=1)
     original = source.stream
-    source.stream = lambda name: (b[:-1] + b"\x01" if name == "norm_f.weight" else b for b in map(bytes, original(name)))
+    source.stream = lambda name: (
+        b[:-1] + b"\x01" if name == "norm_f.weight" else b for b in map(bytes, original(name))
+    )
     assert adapters.fingerprint(source) != first
 
 
