@@ -1,7 +1,7 @@
 """Adapters into the model they were trained on, or into a folder for Hugging Face's PEFT.
 
-python merge_lora.py --hf-model-path DIR_OR_ID --lora-checkpoint CKPT/iter_NNNNNNN --output OUT             a whole model
-python merge_lora.py --hf-model-path DIR_OR_ID --lora-checkpoint CKPT/iter_NNNNNNN --output OUT --as-peft   for PEFT
+python merge_lora.py --hf-model-path DIR_OR_ID --lora-checkpoint CKPT/iter_NNNNNNN --output OUT            a whole model
+python merge_lora.py --hf-model-path DIR_OR_ID --lora-checkpoint CKPT/iter_NNNNNNN --output OUT --as-peft  for PEFT
 
 W + scale * B A is added in fp32 and rounded once.  Needs no GPU and a few hundred MB of memory.
 """

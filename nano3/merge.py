@@ -106,8 +106,9 @@ def merge_model(
 ) -> str:
     """Write a Hugging Face folder of base and adapters, released names.  Returns what was done.
 
-    hf_model: folder or hub id that gives config.json, tokenizer and, unless `pretrained` does, the base weights; without
-    both the base is read from where it was in training.  Raises UserError if it is not what the adapters belong to.
+    hf_model: folder or hub id that gives config.json, tokenizer and, unless `pretrained` does, the base weights;
+    without both the base is read from where it was in training.  Raises UserError if it is not what the adapters belong
+    to.
     """
     adapters, base = _open(hf_model, lora, pretrained)
     folder = None if hf_model is None else find_model(hf_model, setting="--hf-model-path")
@@ -148,8 +149,8 @@ def peft_name(site: Site, letter: str, inner: bool) -> str:
 def peft_tensor(adapters: Adapters, site: Site, letter: str, shape: tuple[int, ...]) -> Tensor:
     """An adapter's tensor as PEFT keeps it beside a weight of this shape.
 
-    Experts: A of all of them one below the other, (E r, in); of B, (out, r E), the expert's number varies fastest.  PEFT
-    knows no adapter that experts share, so that becomes one for each, with equal numbers.
+    Experts: A of all of them one below the other, (E r, in); of B, (out, r E), the expert's number varies fastest.
+    PEFT knows no adapter that experts share, so that becomes one for each, with equal numbers.
     """
     t = adapters.read(f"{site.adapter}.{letter}", shape[-2] if letter == "B" and not site.routed else None)
     if not site.routed:
@@ -171,7 +172,7 @@ def write_peft(
     if refused := [m for m in recipe.targets if m.rsplit(".", 1)[1] in PEFT_REFUSES]:
         raise UserError(
             f"--as-peft: PEFT refuses adapters on {PEFT_REFUSES[0]} of this architecture, and {len(refused)} are there "
-            f"({refused[0]}, ...).  {again}; or train with peft.exclude_modules=[out_proj], which leaves what PEFT takes"
+            f"({refused[0]}, ...).  {again}; or train with peft.exclude_modules=[out_proj], the set that PEFT takes"
         )
     if adapters.full:
         raise UserError(

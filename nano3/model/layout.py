@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nano3.config import ModelConfig, PeftConfig
-from nano3.model.lora import adapted, adapter_shapes, sites_of
+from nano3.model.lora import adapted, attach
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import Axis, Mesh
 from nano3.parallel.tensor import Split
@@ -64,13 +64,12 @@ def axis_of(split: Split | None, mesh: Mesh) -> Axis:
 
 
 def whole_shapes(c: ModelConfig, peft: PeftConfig | None = None) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of the whole model, in its order, and then of the adapters, if any."""
+    """Name and shape of every tensor of the whole model, its adapters among them if it has any, in its order."""
     with torch.device("meta"):
         model = Nano3(c)
-    shapes = {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
-    for site in sites_of(c, peft) if peft else []:
-        shapes |= adapter_shapes(site, shapes[site.weight], peft)
-    return shapes
+        if peft is not None:
+            attach(model, peft)
+    return {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 class Piece(NamedTuple):

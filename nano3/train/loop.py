@@ -24,7 +24,7 @@ from nano3.train import checkpoint
 from nano3.train.checkpoint import Saver
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
-from nano3.train.plan import parameters, rank_parts, training_flops, uses_bf16
+from nano3.train.plan import adapter_table, parameters, rank_parts, training_flops, uses_bf16
 from nano3.train.schedule import learning_rate
 from nano3.train.step import StepReport, TrainingError, evaluate, training_step
 from nano3.train.storage import Progress
@@ -245,6 +245,10 @@ class Trainer:
             log.say(line)
         if config.mode == "finetune" and self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
             log.say("checkpoint.pretrained_checkpoint is not set: the weights are random, as for pretraining")
+        if self.recipe is not None:
+            for line in adapter_table(config, self.model.dtype == torch.bfloat16):
+                log.say(line)
+            log.say(f"base {self.recipe.base}, fingerprint {self.recipe.fingerprint[:16]}")
         if self.loaded is not None:
             log.say(f"resumed from {self.loaded} at iteration {self.first}")
 

@@ -123,5 +123,5 @@ def test_a_recipe_that_is_damaged_is_refused(tmp_path: Path, key: str, value: in
     if value is None:
         del raw[key]
     (tmp_path / "adapter.json").write_text(json.dumps(raw))
-    with pytest.raises(UserError, match="adapter.json"):
+    with pytest.raises(UserError, match=r"adapter\.json"):
         adapters.read_recipe(tmp_path, "test")
