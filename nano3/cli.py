@@ -73,6 +73,8 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
     """The validated configuration and the name of its preset.  Raises UserError."""
     if args.world_size is not None:
         _check_world_size(args)
+    if asked := [o for o in args.overrides if o.startswith("mode=")]:
+        raise UserError(f"{asked[0]}: the mode is what --mode says; it is {args.mode}")
     name = args.preset or DEFAULT[args.mode]
     if name not in PRESETS:
         raise UserError(

@@ -299,6 +299,7 @@ class DatasetConfig:
     name: str = "mock"
     seq_length: int = 8192  # tokens
     num_workers: int = 0  # processes that make batches ahead of time
+    reset_attention_mask: bool = True  # False: state and attention run on from document to document, as in Megatron
     # supervised data, for --mode finetune (docs/finetuning_data.md)
     path: str | None = None  # a .jsonl, a .json of SQuAD's, or a folder with a file for each split; None: the hub
     subset: str | None = None  # the configuration of a hub data set that has several

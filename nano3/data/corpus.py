@@ -32,8 +32,8 @@ class EmbeddedText(Windows):
     setting changes, so that every run is measured on the same text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
-        self.S, self.seed = seq_length, seed
+    def __init__(self, tokenizer: Tokenizer, seq_length: int, seed: int, isolated: bool = True) -> None:
+        self.S, self.seed, self.eod, self.isolated = seq_length, seed, tokenizer.eod, isolated
         root = Path(sysconfig.get_paths()["stdlib"])
         files = sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
         parts: dict[str, list[np.ndarray]] = {"train": [], "valid": []}
@@ -63,6 +63,10 @@ class EmbeddedText(Windows):
             start = int(self._order[1][place]) * self.S + self._order[2]
         return tokens[start : start + self.S + 1].astype(np.int64)
 
+    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.sample(split, index)
+        return ids, np.flatnonzero(ids[:-1] == self.eod) + 1
+
 
 class MockTokens(Windows):
     """Arithmetic progressions modulo the vocabulary, start and stride drawn per sample: learnable, without a file.
@@ -77,6 +81,9 @@ class MockTokens(Windows):
         rng = np.random.default_rng([self.seed, index] if split == "train" else [0, index, 1])
         start, stride = int(rng.integers(self.V)), int(rng.integers(1, 17))
         return (start + stride * np.arange(self.S + 1, dtype=np.int64)) % self.V
+
+    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.sample(split, index), np.zeros(1, np.int64)
 
 
 def is_supervised(config: Config) -> bool:
@@ -93,9 +100,13 @@ def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
         seed = config.rng.seed if d.random_seed is None else d.random_seed
         return load_blend(d, seed, config.model.vocab_size, valid)
     if d.name == "embedded":
-        return EmbeddedText(tokenizer, d.seq_length, config.rng.seed)
+        return EmbeddedText(tokenizer, d.seq_length, config.rng.seed, d.reset_attention_mask)
     if d.name == "mock":
         return MockTokens(config.model.vocab_size, d.seq_length, config.rng.seed)
+    if not d.reset_attention_mask:
+        raise UserError(
+            "dataset.reset_attention_mask=false is for running text; supervised samples never see each other: drop it"
+        )
     about: list[str] = []
     options = SupervisedOptions(**{f.name: getattr(d, f.name) for f in fields(SupervisedOptions)})
     samples = load_supervised(tokenizer, d.seq_length, options, about.append, valid)

@@ -36,13 +36,29 @@ class Dataset(Protocol):
 
 
 class Windows:
-    """A Dataset of running text, from what is cut out of it: `sample(split, index)` gives S + 1 ids."""
+    """A Dataset of running text, made from what is cut out of it.
+
+    isolated: each document of a row is a sequence of its own.  No state passes from one to the next then, and nothing
+    is learnt where one ends, since its last token could only guess how an unrelated text begins.
+    """
 
     about: ClassVar[list[str]] = []
+    isolated: bool = True
+
+    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(S + 1,) ids, int64, and where among them documents begin, int64."""
+        raise NotImplementedError
 
     def row(self, split: str, index: int) -> Row:
-        ids = self.sample(split, index)
-        return Row(ids[:-1], ids[1:])
+        ids, starts = self.window(split, index)
+        tokens, labels, starts = ids[:-1], ids[1:], starts[starts > 0]
+        if not self.isolated or not len(starts):
+            return Row(tokens, labels)
+        labels = labels.copy()
+        labels[starts - 1] = IGNORE
+        begins = np.zeros(len(ids), np.int64)
+        begins[starts] = 1
+        return Row(tokens, labels, np.cumsum(begins[:-1]))
 
     def count(self, split: str) -> None:
         return None
