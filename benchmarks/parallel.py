@@ -105,7 +105,7 @@ def worker(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
     parts = rank_parts(config, mesh.pp.rank)
     model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
-    initialise(model, config.model, config.rng.seed, mesh.device)
+    initialise(model, config.model, config.rng.seed, device=mesh.device)
     optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
     data = [rows(config, mesh, step) for step in range(args.steps)]
     losses, begin = [], 0.0

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nano3.config import KINDS, Config, UserError, keys_of, merge, nearest
-from nano3.presets import DEFAULT, PRESETS
+from nano3.presets import DEFAULT, PRESETS, layers
 
 ALIASES = {  # what NVIDIA's commands say -> what it is here
     "dataset": "dataset.name",
@@ -21,20 +21,29 @@ ALIASES = {  # what NVIDIA's commands say -> what it is here
     "model.pipeline_model_parallel_size": "parallel.pp",
     "model.virtual_pipeline_model_parallel_size": "parallel.virtual_pp",
     "model.context_parallel_size": "parallel.cp",
+    "peft": "peft.scheme",
+    "peft.dim": "peft.rank",
     "ddp.grad_reduce_in_fp32": "parallel.grad_reduce_in_fp32",
 }
 UNITS = ("iters", "samples", "tokens", "fraction")
 LENGTHS = ["train.train", "scheduler.lr_warmup", "scheduler.lr_decay", "scheduler.lr_wsd_decay"]
 
 
+class Parser(argparse.ArgumentParser):
+    """Settings and flags may come in any order."""
+
+    parse_args = argparse.ArgumentParser.parse_intermixed_args
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="train.py",
         description="Train a Nemotron 3 Nano, alone (python train.py …) or under torchrun; nothing else differs.",
         epilog="Any setting can be given as section.key=value, e.g. train.train_iters=100 optimizer.lr=1e-3.",
     )
     p.add_argument("--mode", choices=["pretrain", "finetune"], required=True)
-    p.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {DEFAULT})")
+    defaults = " or ".join(f"{name} to {mode}" for mode, name in DEFAULT.items())
+    p.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(PRESETS)} (default: {defaults})")
     p.add_argument(
         "--config-file", metavar="YAML", help="settings laid over the preset, e.g. the config.yaml of an earlier run"
     )
@@ -49,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seq-length", metavar="N", help="tokens per sequence")
     p.add_argument(
+        "--peft", metavar="SCHEME", help="lora: train adapters beside the frozen weights (docs/finetuning.md)"
+    )
+    p.add_argument("--packed-sequence", action="store_true", help="several samples a row, to fine-tune on short ones")
+    p.add_argument(
         "--dry-run", action="store_true", help="print parameters, memory and messages of each rank, then stop; no GPU"
     )
     p.add_argument("--world-size", type=int, metavar="N", help="ranks to plan for, with --dry-run")
@@ -58,11 +71,11 @@ def parser() -> argparse.ArgumentParser:
 
 def resolve(args: argparse.Namespace) -> tuple[Config, str]:
     """The validated configuration and the name of its preset.  Raises UserError."""
-    if args.mode == "finetune":
-        raise UserError("--mode finetune is not available in this version; --mode pretrain is")
     if args.world_size is not None:
         _check_world_size(args)
-    name = args.preset or DEFAULT
+    if asked := [o for o in args.overrides if o.startswith("mode=")]:
+        raise UserError(f"{asked[0]}: the mode is what --mode says; it is {args.mode}")
+    name = args.preset or DEFAULT[args.mode]
     if name not in PRESETS:
         raise UserError(
             f"--preset {name}: there is no such preset{nearest(name, list(PRESETS))} Known: {', '.join(PRESETS)}"
@@ -71,16 +84,24 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
         "dataset.per_split_data_args_path": args.per_split_data_args_path,
         "tokenizer.tokenizer_model": args.tokenizer_model,
         "dataset.seq_length": args.seq_length,
+        "peft.scheme": args.peft,
+        "dataset.packed_sequence": args.packed_sequence or None,
         "checkpoint.resume_from_last_good": args.resume_from_last_good or None,
     }
-    layers = [
-        (f"preset {name}", PRESETS[name]),
+    asked = [
         (args.config_file or "", read_yaml(args.config_file) if args.config_file else {}),
         ("command line", _nest([(k, v) for k, v in flags.items() if v is not None])),
         ("command line", _nest(_split(args.overrides))),
     ]
+    schemes = [layer["peft"]["scheme"] for _, layer in asked if "scheme" in (layer.get("peft") or {})]
+    adapts = bool(schemes) and schemes[-1] != "none"
+    given = [
+        *((f"preset {name}", layer) for layer in layers(name, args.mode, adapts)),
+        *asked,
+        ("command line", {"mode": args.mode}),
+    ]
     node = OmegaConf.structured(Config)
-    for source, layer in layers:
+    for source, layer in given:
         layer = _one_unit_each(node, OmegaConf.create(layer), source)
         node = merge(node, layer, source)
     config = OmegaConf.to_object(node)
@@ -170,6 +191,8 @@ def validate(config: Config) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{key}={value} is not a finite number")
     config.model.validate()
+    config.peft.validate()
+    _one_of("mode", config.mode, list(DEFAULT))
     t, s, d, v = config.train, config.scheduler, config.dataset, config.validation
     if t.train_iters is None and t.train_samples is None and t.train_tokens is None:
         raise UserError("train: how long? Set train.train_iters, train.train_samples or train.train_tokens")
@@ -196,11 +219,13 @@ def validate(config: Config) -> None:
     k = config.checkpoint.most_recent_k
     if k == 0 or k < -1:
         raise UserError(f"checkpoint.most_recent_k={k} would keep nothing; use 1 or more, or -1 to keep all")
-    if config.checkpoint.load is not None and config.checkpoint.pretrained_checkpoint is not None:
+    both = config.checkpoint.load is not None and config.checkpoint.pretrained_checkpoint is not None
+    if both and not config.peft.adapts:  # adapters are resumed, and lie beside weights that come from elsewhere
         raise UserError(
             f"checkpoint.load={config.checkpoint.load} resumes a run and checkpoint.pretrained_checkpoint="
             f"{config.checkpoint.pretrained_checkpoint} starts a new one; give one of them"
         )
+    _check_data(config)
     if d.seq_length < 2:
         raise UserError(
             f"dataset.seq_length={d.seq_length}: a sequence needs at least 2 tokens (one to see, one to predict)"
@@ -214,7 +239,6 @@ def validate(config: Config) -> None:
     _one_of("train.device", t.device, ["auto", "cpu", "cuda"])
     _one_of("scheduler.lr_decay_style", s.lr_decay_style, ["WSD", "cosine", "linear", "constant"])
     _one_of("scheduler.lr_wsd_decay_style", s.lr_wsd_decay_style, ["linear", "cosine", "exponential", "minus_sqrt"])
-    _one_of("dataset.name", d.name, ["embedded", "mock"])
     for key, backend in vars(config.model.kernels).items():
         _one_of(f"model.kernels.{key}", backend, ["auto", "triton", "torch"])
     if s.lr_decay_style == "WSD" and all(getattr(s, f"lr_wsd_decay_{u}") is None for u in UNITS):
@@ -240,6 +264,26 @@ def validate(config: Config) -> None:
         raise UserError("logger.wandb_entity and logger.wandb_exp_name need logger.wandb_project=NAME")
 
 
+def _check_data(config: Config) -> None:
+    """What kind of data is meant, and that the mode has a use for it."""
+    d, own = config.dataset, ["embedded", "mock"]
+    if config.mode == "pretrain":
+        _one_of("dataset.name", d.name, own)
+        for key in ("path", "subset", "columns", "packed_sequence", "chat_template", "chat_template_kwargs"):
+            if value := getattr(d, key):
+                raise UserError(f"dataset.{key}={value} is for supervised data: use --mode finetune, or drop it")
+    elif d.path is not None and d.name in own:
+        raise UserError(f"dataset.path={d.path} and dataset.name={d.name} are two kinds of data; give one of them")
+    for key, known in [
+        ("loss_mode", ["assistant", "last_turn", "full"]),
+        ("truncation", ["left", "right"]),
+        ("on_error", ["raise", "skip"]),
+    ]:
+        _one_of(f"dataset.{key}", getattr(d, key), known)
+    if not 0 <= d.val_proportion < 1:
+        raise UserError(f"dataset.val_proportion={d.val_proportion} must be at least 0 and below 1")
+
+
 def _at_least(config: Config, section: str, key: str, least: int) -> None:
     if (value := getattr(getattr(config, section), key)) < least:
         raise UserError(f"{section}.{key}={value} must be at least {least}")
@@ -255,8 +299,10 @@ def to_yaml(config: Config) -> str:
 
 
 def difference(config: Config, preset: str) -> list[str]:
-    """`section.key=value` for every setting that differs from the preset."""
-    base = merge(OmegaConf.structured(Config), OmegaConf.create(PRESETS[preset]), preset)
+    """`section.key=value` for every setting that differs from the preset in this mode."""
+    base = OmegaConf.structured(Config)
+    for layer in [*layers(preset, config.mode, config.peft.adapts), {"mode": config.mode}]:
+        base = merge(base, _one_unit_each(base, OmegaConf.create(layer), preset), preset)
     mine = OmegaConf.structured(config)
     pairs = ((k, OmegaConf.select(base, k), OmegaConf.select(mine, k)) for k in keys_of(Config))
     return [f"{k}={new}" for k, old, new in pairs if old != new]

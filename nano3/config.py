@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -294,9 +295,24 @@ class SchedulerConfig:
 
 @dataclass(kw_only=True)
 class DatasetConfig:
-    name: str = "mock"  # where no blend is given: embedded, the standard library's source; mock, a pattern in ids
+    # embedded, the standard library's source; mock, a pattern in ids; to fine-tune, squad or an id of the datasets
+    # package.  A path or a blend goes first.
+    name: str = "mock"
     seq_length: int = 8192  # tokens
     num_workers: int = 0  # processes that make batches ahead of time
+    reset_attention_mask: bool = True  # False: state and attention run on from document to document, as in Megatron
+    # supervised data, for --mode finetune (docs/finetuning_data.md)
+    path: str | None = None  # a .jsonl, a .json of SQuAD's, or a folder with a file for each split; None: the hub
+    subset: str | None = None  # the configuration of a hub data set that has several
+    columns: dict[str, str] = field(default_factory=dict)  # input, output or messages -> the column that holds it
+    packed_sequence: bool = False  # several samples a row, or one and padding
+    loss_mode: str = "assistant"  # what is learnt of conversations: assistant, last_turn or full
+    chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    truncation: str = "right"  # the side of a prompt that is cut when it does not fit
+    on_error: str = "raise"  # a malformed record ends the run, or skip: is counted and passed over
+    val_proportion: float = 0.1  # held out where the data brings no validation split
+    seed: int = 5678  # of the order of samples, their packing, and what is held out
     # blends of Megatron .bin/.idx files; a run gives one of these forms (docs/data.md)
     blend: Any = None  # PREFIX, [PREFIX, …], [WEIGHT, PREFIX, …] or [[PREFIX, …], [WEIGHT, …]]
     data_paths: Any = None  # the same
@@ -313,7 +329,14 @@ class DatasetConfig:
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    tokenizer_model: str = "auto"  # bytes, or a folder or tokenizer.json; auto: bytes for embedded text, none for mock
+    # bytes, none, or a file, folder or hub id; auto: bytes for embedded text, none for mock data and blends, and to
+    # fine-tune the one of the pretrained checkpoint
+    tokenizer_model: str = "auto"
+    # what tiktoken's vocabulary files leave open; None: as NVIDIA's file, or OpenAI's known ones, have it
+    pattern: str | None = None  # v1, v2, gpt2, cl100k or o200k
+    num_special_tokens: int = 1000
+    special_tokens: list[str] | None = None  # the first of them
+    vocab_size: int = 131072  # ids of the file from here on are left out
 
 
 @dataclass(kw_only=True)
@@ -337,6 +360,63 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class PeftConfig:
+    """What is trained: everything, everything but what is frozen, or adapters beside frozen weights."""
+
+    scheme: str = "none"  # none, or lora: y = x W^T + scale * x A^T B^T with W frozen
+    # names as NVIDIA or Hugging Face spell them, or globs; a prefix such as shared_experts. narrows a name
+    target_modules: list[str] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "in_proj", "out_proj"]
+    )
+    exclude_modules: list[str] = field(default_factory=list)
+    rank: int = 32  # r: A is (r, in), B is (out, r)
+    alpha: float = 32.0  # scale = alpha / r
+    rslora: bool = False  # scale = alpha / sqrt(r)  (arXiv:2312.03732)
+    dora: bool = False
+    dropout: float = 0.0
+    experts: str = "per-expert"  # of routed experts: an adapter for each, one shared by a layer's, or none
+    freeze_router: bool | None = None  # weights and selection biases; None: with lora yes, otherwise no
+    freeze: list[str] = field(default_factory=list)  # globs of tensors that full training leaves alone
+    base_dtype: str = "bf16"  # of frozen weights on a GPU
+
+    @property
+    def adapts(self) -> bool:
+        return self.scheme != "none"
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def router_frozen(self) -> bool:
+        return self.adapts if self.freeze_router is None else self.freeze_router
+
+    def validate(self) -> None:
+        """Raise UserError on settings that cannot be, whatever the model."""
+        if self.scheme not in ("none", "lora"):
+            raise UserError(f"peft.scheme={self.scheme!r} is not available; use lora (--peft lora) or none")
+        if self.rank < 1:
+            raise UserError(f"peft.rank={self.rank} must be at least 1")
+        if self.alpha <= 0:
+            raise UserError(f"peft.alpha={self.alpha} must be positive; NVIDIA's default is peft.alpha=32")
+        if self.dora:
+            raise UserError("peft.dora=true is not available in this version; use plain LoRA, or peft.rslora=true")
+        if self.dropout:
+            raise UserError(
+                f"peft.dropout={self.dropout}: adapters have no dropout here, since training draws no random numbers "
+                "(so any layout and any resumed run gives one result); use peft.dropout=0"
+            )
+        if self.experts not in ("per-expert", "shared", "none"):
+            raise UserError(f"peft.experts={self.experts!r} is not known; choose from per-expert, shared, none")
+        if self.base_dtype != "bf16":
+            raise UserError(
+                f"peft.base_dtype={self.base_dtype!r} is not available in this version; use peft.base_dtype=bf16"
+            )
+        if self.adapts and self.freeze:
+            raise UserError("peft.freeze is for full training; --peft lora freezes everything but its adapters")
+
+
+@dataclass(kw_only=True)
 class LoggerConfig:
     run_dir: str | None = None  # None: runs/NAME, numbered if that exists
     log_interval: int = 10  # iterations between printed lines when the output is a terminal; every one otherwise
@@ -355,6 +435,7 @@ class RngConfig:
 class Config:
     """A whole run."""
 
+    mode: str = "pretrain"  # or finetune: which defaults and which kinds of data; set by --mode
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -364,6 +445,7 @@ class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     rng: RngConfig = field(default_factory=RngConfig)
 
@@ -422,8 +504,12 @@ def merge(base: Any, layer: Any, source: str, *, to_object: bool = False) -> Any
     """omegaconf's merge, its exceptions turned into one sentence that names the source, the key and the remedy."""
     cls = OmegaConf.get_type(base)
     known = keys_of(cls)
+    defaults = cls()
+    mappings = tuple(f"{k}." for k in known if isinstance(operator.attrgetter(k)(defaults), dict))
     for key in _leaves(layer):
-        if key not in known and not (sub := [k for k in known if k.startswith(key + ".")]):
+        if key in known or key.startswith(mappings):
+            continue
+        if not (sub := [k for k in known if k.startswith(key + ".")]):
             tail = {k.rsplit(".", 1)[-1]: k for k in known}  # a right name in the wrong section is the commonest slip
             hint = (
                 f"; did you mean {tail[key.rsplit('.', 1)[-1]]}?"
@@ -431,8 +517,7 @@ def merge(base: Any, layer: Any, source: str, *, to_object: bool = False) -> Any
                 else nearest(key, known)
             )
             raise UserError(f"{source}: unknown setting {key!r}{hint}")
-        elif key not in known:
-            raise UserError(f"{source}: {key!r} is a section, not a setting; set one of its keys, e.g. {sub[0]}=…")
+        raise UserError(f"{source}: {key!r} is a section, not a setting; set one of its keys, e.g. {sub[0]}=…")
     try:
         merged = OmegaConf.merge(base, layer)
         return OmegaConf.to_object(merged) if to_object else merged

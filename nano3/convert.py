@@ -62,6 +62,7 @@ EXPORT_SHARD = 5_000_000_000  # as released
 INCOMPLETE = ".incomplete"  # where an export lies, in its folder, until it is whole
 READY = ".ready"  # in there: whole, and being moved to its place
 T = TypeVar("T")
+Stamp = list[tuple[str, int, int]]  # files with sizes and times
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def open_checkpoint(path: str | Path, setting: str, strict: bool = True) -> tupl
     Reads the manifest and headers, no tensor, and no checksum.  strict: see `open_model`.
     """
     folder = checkpoint.find(path, setting)
+    checkpoint.refuse_adapters(folder, setting)
     manifest = read_manifest(folder, setting)
     try:
         config = checkpoint.read_config(folder).model
@@ -200,7 +202,7 @@ def import_model(model: Path, out: Path, options: Options, meter: Meter) -> str:
         )
         for file, group in written.items()
     ]
-    plan = {"source": _stamp(source), "files": {f: [(i.key, NAMES[i.dtype]) for i in g] for f, g in written.items()}}
+    plan = {"source": stamp(source), "files": {f: [(i.key, NAMES[i.dtype]) for i in g] for f, g in written.items()}}
     with journalled(temporary, plan, jobs, options.workers, meter) as done:
         (temporary / "hf").mkdir(exist_ok=True)
         for path in small_files(model):
@@ -234,41 +236,57 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     said = source.tensors["embeddings.weight"].dtype if model is None and options.dtype is None else options.dtype
     config = config_json(source.config, model, said, options.drop_mtp)
     dtypes = _export_dtypes(source, model, manifest, options.dtype)
-    checked = _Checked(source, manifest)
+    targets = released(source, dtypes, _Checked(source, manifest).stream)
+    what = f"{source.folder} -> {out}"
+    if model is None:
+        what += "\nno --hf-model: its config.json is new, tokenizer and licence are not there"
+    text = write_model(targets, config, model, out, "--hf-path", stamp(source), options, meter, [source.folder])
+    source.close()
+    return f"{'would export' if options.dry_run else 'exported'} {text.format(what)}"
+
+
+def released(
+    source: Source, dtypes: dict[str, str], data: Callable[[str, slice, str], Iterable[memoryview]]
+) -> list[Target]:
+    """A model's tensors under their released names.  data: the bytes of some rows of one of ours, in a dtype."""
     targets = []
     for name, stored in source.tensors.items():
         for i in range(stored.shape[0]) if is_experts(name) else [None]:
             rows = slice(None) if i is None else slice(i, i + 1)
             shape = stored.shape if i is None else stored.shape[1:]
-            data = partial(checked.stream, name, rows, dtypes[name])
-            targets.append(Target(released_name(name, i), dtypes[name], shape, data))
+            read = partial(data, name, rows, dtypes[name])
+            targets.append(Target(released_name(name, i), dtypes[name], shape, read))
+    return targets
+
+
+def write_model(
+    targets: list[Target],
+    config: bytes,
+    model: Path | None,
+    out: Path,
+    setting: str,
+    stamps: Stamp,
+    options: Options,
+    meter: Meter,
+    read: list[Path],
+) -> str:
+    """Write a model's folder: its tensors in shards, config.json, and the small files of the folder `model`.
+
+    stamps: what the tensors are made of; if it has changed, files of an earlier run are not used.  read: folders that
+    must not be written over.  Returns what was done, with {} where source and target belong.
+    """
     groups = in_files(targets, lambda t: t.bytes, options.max_shard_size or EXPORT_SHARD)
     n = len(groups)
     written = (
         {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, 1)} if n > 1 else {SINGLE: groups[0]}
     )
-    _check_export_folder(out, [source.folder, *([model] if model else [])], options.overwrite)
+    check_folder(out, setting, [*read, *([model] if model else [])], options.overwrite)
     total = sum(t.bytes for t in targets)
-    what = f"{len(targets):,} tensors, {total:,} bytes in {n} files: {source.folder} -> {out}"
-    if model is None:
-        what += "\nno --hf-model: its config.json is new, tokenizer and licence are not there"
+    what = f"{len(targets):,} tensors, {total:,} bytes in {n} files: {{}}"
     if options.dry_run:
-        return f"would export {what}"
-    jobs = [
-        Job(
-            file,
-            sum(t.bytes for t in group),
-            write=lambda path, progress, group=group: list(write_safetensors(path, group, progress)),
-            check=lambda path: list(checksum(path)),
-        )
-        for file, group in written.items()
-    ]
-    plan = {
-        "source": _stamp(source),
-        "files": {f: [(t.name, t.dtype) for t in g] for f, g in written.items()},
-    }
+        return what
     temporary = out / INCOMPLETE
-    with journalled(temporary, plan, jobs, options.workers, meter) as done:
+    with journalled(temporary, *jobs_of(written, stamps), options.workers, meter) as done:
         last = []  # a folder without these two is not taken for a model
         if n > 1:
             index = {t.name: file for file, group in written.items() for t in group}
@@ -280,9 +298,22 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
         others = [p for p in small_files(model) if p.name not in last] if model else []
         for p in others:
             shutil.copyfile(p, temporary / p.name)
-        _publish(temporary, out, [*written, *(p.name for p in others), *last])
-    source.close()
-    return f"exported {what}\n{done}"
+        publish(temporary, out, [*written, *(p.name for p in others), *last])
+    return f"{what}\n{done}"
+
+
+def jobs_of(written: dict[str, list[Target]], stamps: Stamp) -> tuple[dict, list[Job]]:
+    """The plan and the jobs of `journalled` for these files."""
+    jobs = [
+        Job(
+            file,
+            sum(t.bytes for t in group),
+            write=lambda path, progress, group=group: list(write_safetensors(path, group, progress)),
+            check=lambda path: list(checksum(path)),
+        )
+        for file, group in written.items()
+    ]
+    return {"source": stamps, "files": {f: [(t.name, t.dtype) for t in g] for f, g in written.items()}}, jobs
 
 
 def _export_dtypes(source: Source, model: Path | None, manifest: Manifest, asked: str | None) -> dict[str, str]:
@@ -331,28 +362,28 @@ class _Checked:
         yield from stream(self.source, name, rows, dtype)
 
 
-def _stamp(source: Source) -> list[tuple[str, int, int]]:
+def stamp(source: Source) -> Stamp:
     """What tells whether a source is still the same: its files with sizes and times."""
     paths = {part.span.path for t in source.tensors.values() for part in t.parts}
     return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
 
 
-def _check_export_folder(out: Path, read: list[Path], overwrite: bool) -> None:
+def check_folder(out: Path, setting: str, read: list[Path], overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
-        raise UserError(f"--hf-path {out} is a file; give a folder")
+        raise UserError(f"{setting} {out} is a file; give a folder")
     if not out.exists():
         return
     for folder in read:
         if folder.resolve().is_relative_to(out.resolve()):
-            raise UserError(f"--hf-path {out} holds {folder}, which is being read; give another folder")
+            raise UserError(f"{setting} {out} holds {folder}, which is being read; give another folder")
     if (out / POINTER).exists() or (out / MANIFEST).exists() or any(out.glob("iter_*")):
-        raise UserError(f"--hf-path {out} holds checkpoints; give a folder of its own")
+        raise UserError(f"{setting} {out} holds checkpoints; give a folder of its own")
     ours = [p for p in out.iterdir() if not p.name.startswith(INCOMPLETE)]
     if ours and not overwrite and not (out / INCOMPLETE / READY).exists():
-        raise UserError(f"--hf-path {out} is not empty ({ours[0].name}); add --overwrite to replace a model there")
+        raise UserError(f"{setting} {out} is not empty ({ours[0].name}); add --overwrite to replace a model there")
 
 
-def _publish(temporary: Path, out: Path, names: list[str]) -> None:
+def publish(temporary: Path, out: Path, names: list[str]) -> None:
     """Move a whole export to its place; an older one goes first, config.json before all: no mixture is ever a model."""
     for path in temporary.iterdir():
         flush(path)

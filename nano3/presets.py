@@ -11,7 +11,7 @@ from typing import Any
 
 Preset = dict[str, dict[str, Any]]
 
-DEFAULT = "nano-30b-a3b-top5"  # what `--mode pretrain` means when no preset is given
+DEFAULT = {"pretrain": "nano-30b-a3b-top5", "finetune": "nano-30b-a3b"}  # the preset of a mode when none is given
 
 TINY: Preset = {
     "model": {
@@ -127,3 +127,33 @@ PRESETS: dict[str, Preset] = {
     "nano-30b-a3b": _nano(6),
     "nano-30b-a3b-top5": _nano(5),
 }
+
+# What `--mode finetune` lays over a preset: the defaults of NVIDIA's fine-tuning script.
+FINETUNE: Preset = {
+    "train": {"train_iters": 1000, "global_batch_size": 128, "micro_batch_size": 1, "recompute": "none"},
+    "dataset": {"name": "squad", "seq_length": 2048},
+    "optimizer": {"lr": 5e-6, "min_lr": 0.0},
+    "scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 50, "lr_wsd_decay_fraction": None},
+    "validation": {"eval_interval": 500, "eval_iters": 32},
+}
+FINETUNE_OF: dict[str, Preset] = {  # and over that, for some
+    "tiny": {  # bytes, so a paragraph is about 900 tokens; a small model moves by larger steps
+        "train": {"train_iters": 100, "global_batch_size": 8, "micro_batch_size": None},
+        "dataset": {"seq_length": 1024},
+        "optimizer": {"lr": 1e-3},
+        "scheduler": {"lr_warmup_iters": 10},
+        "validation": {"eval_interval": 50, "eval_iters": 4},
+    },
+    "nano-30b-a3b": {"parallel": {"tp": 1, "ep": 8}},  # NVIDIA's layout: 16 GPUs
+    "nano-30b-a3b-top5": {"parallel": {"tp": 1, "ep": 8}},
+}
+
+LORA: Preset = {"optimizer": {"lr": 1e-4}}  # what `--peft lora` lays over that: NVIDIA's rate
+LORA_OF: dict[str, Preset] = {"tiny": {"optimizer": {"lr": 1e-2}}}
+
+
+def layers(name: str, mode: str, adapts: bool) -> list[Preset]:
+    """What a preset means in a mode, with adapters or without, each layer over the one before."""
+    if mode != "finetune":
+        return [PRESETS[name]]
+    return [PRESETS[name], FINETUNE, FINETUNE_OF.get(name, {})] + ([LORA, LORA_OF.get(name, {})] if adapts else [])

@@ -23,13 +23,16 @@ import math
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from nano3.config import DatasetConfig, UserError
 from nano3.data.indexed import IndexedDataset
+from nano3.data.row import Windows
 from nano3.data.sampling import Cache, Samples, check_vocabulary, parse_split, split_documents
+
+T = TypeVar("T")
 
 SPLITS = ("train", "valid", "test")
 FORMS = ("blend", "data_paths", "data_args_path", "per_split_data_args_path", "blend_per_split")
@@ -252,7 +255,7 @@ class Blend:
 # --- the data set
 
 
-class BlendedDataset:
+class BlendedDataset(Windows):
     """A Dataset (see corpus.py) over indexed files.  sources: what each split is made of, see `read_blend`."""
 
     def __init__(
@@ -263,6 +266,7 @@ class BlendedDataset:
         vocab_size: int,
         valid: bool,
     ) -> None:
+        self.isolated = config.reset_attention_mask
         self.seed, self.S, self.V, self._folder = seed, config.seq_length, vocab_size, config.path_to_cache
         self._files: dict[str, IndexedDataset] = {}
         self.splits: dict[str, tuple[Blend, list[Samples | None]]] = {}
@@ -304,13 +308,17 @@ class BlendedDataset:
 
     def sample(self, split: str, index: int) -> np.ndarray:
         """seq_length + 1 ids, int64, of split `train` or `valid`."""
-        return self._at(split, index, Samples.sample)
+        return self.window(split, index)[0]
 
     def boundaries(self, split: str, index: int) -> np.ndarray:
         """Where documents begin among the seq_length inputs of a sample; see Samples.boundaries."""
-        return self._at(split, index, Samples.boundaries)
+        return self._part(split, index, Samples.boundaries)
 
-    def _at(self, split: str, index: int, read: Callable[[Samples, int], np.ndarray]) -> np.ndarray:
+    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A sample, and where documents begin in it; see Samples.window."""
+        return self._part(split, index, Samples.window)
+
+    def _part(self, split: str, index: int, read: Callable[[Samples, int], T]) -> T:
         blend, parts = self.splits[split]
         source, i = blend.locate(index)
         return read(parts[source], i)

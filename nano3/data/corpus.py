@@ -1,32 +1,30 @@
-"""Data for the first minute: text that every machine has, and token ids that need none.
+"""Which data the settings mean; and data for the first minute: text that every machine has, and ids that need none.
 
-A data set answers one question: what is sample `index` of a split?  The answer depends on (seed, index) alone, so a
-batch is the same on any number of ranks, and a run resumes anywhere by counting.
+A data set answers one question: what is row `index` of a split?  The answer depends on (seed, index) alone, so a batch
+is the same on any number of ranks, and a run resumes anywhere by counting.
 """
 
 from __future__ import annotations
 
 import sysconfig
+from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from nano3.config import Config, UserError
 from nano3.data.blend import has_blend, load_blend
-from nano3.data.tokenizer import Tokenizer
+from nano3.data.packing import WINDOW, Packed, Rows
+from nano3.data.row import Dataset, Windows
+from nano3.data.supervised import SupervisedOptions, load_supervised
+from nano3.data.tiktoken_vocab import TiktokenOptions
+from nano3.data.tokenizer import Tokenizer, load_tokenizer
 
 VALID_EVERY = 20  # of the embedded files, in their fixed order, every 20th is validation
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
-class Dataset(Protocol):
-    def sample(self, split: str, index: int) -> np.ndarray:
-        """`seq_length + 1` ids (int64) of split `train` or `valid`; every index from 0 on is defined."""
-        ...
-
-
-class EmbeddedText:
+class EmbeddedText(Windows):
     """The source text of Python's own standard library, as installed: about 14 MB of Python.
 
     Files in the order of their names, each ended by eod and every VALID_EVERY-th held out; tests are left out.
@@ -34,8 +32,8 @@ class EmbeddedText:
     setting changes, so that every run is measured on the same text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seq_length: int, seed: int) -> None:
-        self.S, self.seed = seq_length, seed
+    def __init__(self, tokenizer: Tokenizer, seq_length: int, seed: int, isolated: bool = True) -> None:
+        self.S, self.seed, self.eod, self.isolated = seq_length, seed, tokenizer.eod, isolated
         root = Path(sysconfig.get_paths()["stdlib"])
         files = sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
         parts: dict[str, list[np.ndarray]] = {"train": [], "valid": []}
@@ -65,8 +63,12 @@ class EmbeddedText:
             start = int(self._order[1][place]) * self.S + self._order[2]
         return tokens[start : start + self.S + 1].astype(np.int64)
 
+    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = self.sample(split, index)
+        return ids, np.flatnonzero(ids[:-1] == self.eod) + 1
 
-class MockTokens:
+
+class MockTokens(Windows):
     """Arithmetic progressions modulo the vocabulary, start and stride drawn per sample: learnable, without a file.
 
     The stride is one of 16, so a model that has seen two tokens can know all that follow.
@@ -80,19 +82,60 @@ class MockTokens:
         start, stride = int(rng.integers(self.V)), int(rng.integers(1, 17))
         return (start + stride * np.arange(self.S + 1, dtype=np.int64)) % self.V
 
+    def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.sample(split, index), np.zeros(1, np.int64)
+
+
+def is_supervised(config: Config) -> bool:
+    """Do the settings mean prompts with answers, or conversations?"""
+    return config.dataset.name not in ("embedded", "mock") and not has_blend(config.dataset)
+
 
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
-    """A blend of indexed files if the settings name one, else what dataset.name says."""
-    if has_blend(config.dataset):
-        seed = config.rng.seed if config.dataset.random_seed is None else config.dataset.random_seed
-        return load_blend(config.dataset, seed, config.model.vocab_size, valid=config.validation.eval_iters > 0)
-    if config.dataset.name == "embedded":
-        return EmbeddedText(tokenizer, config.dataset.seq_length, config.rng.seed)
-    return MockTokens(config.model.vocab_size, config.dataset.seq_length, config.rng.seed)
+    """A blend of indexed files if the settings name one, else what dataset.path or dataset.name says."""
+    d, valid = config.dataset, config.validation.eval_iters > 0
+    if has_blend(d):
+        if d.path is not None:
+            raise UserError(f"dataset.path={d.path} and a blend are two kinds of data; give one of them")
+        seed = config.rng.seed if d.random_seed is None else d.random_seed
+        return load_blend(d, seed, config.model.vocab_size, valid)
+    if d.name == "embedded":
+        return EmbeddedText(tokenizer, d.seq_length, config.rng.seed, d.reset_attention_mask)
+    if d.name == "mock":
+        return MockTokens(config.model.vocab_size, d.seq_length, config.rng.seed)
+    if not d.reset_attention_mask:
+        raise UserError(
+            "dataset.reset_attention_mask=false is for running text; supervised samples never see each other: drop it"
+        )
+    about: list[str] = []
+    options = SupervisedOptions(**{f.name: getattr(d, f.name) for f in fields(SupervisedOptions)})
+    samples = load_supervised(tokenizer, d.seq_length, options, about.append, valid)
+    window = WINDOW if d.packed_sequence else 0
+    splits = {split: Packed(s, d.seq_length, window, d.seed) for split, s in samples.items()}
+    return Rows(splits, d.seq_length, d.seed, tokenizer.eod, about)
 
 
 def tokenizer_name(config: Config) -> str:
-    """What `tokenizer.tokenizer_model=auto` means for this data."""
+    """What `tokenizer.tokenizer_model=auto` means for this data, where no checkpoint says it."""
     if config.tokenizer.tokenizer_model != "auto":
         return config.tokenizer.tokenizer_model
+    if is_supervised(config):
+        if config.model.vocab_size == 256:
+            return "bytes"
+        raise UserError(
+            "tokenizer.tokenizer_model: supervised data is text, and the checkpoint brings no tokenizer; give the "
+            "model's, e.g. --tokenizer-model FOLDER"
+        )
     return "bytes" if config.dataset.name == "embedded" and not has_blend(config.dataset) else "none"
+
+
+def open_tokenizer(config: Config, name: str | None = None) -> Tokenizer:
+    """The tokenizer of the settings, or the one called `name`."""
+    t = config.tokenizer
+    options = TiktokenOptions(
+        pattern=t.pattern,
+        special_tokens=None if t.special_tokens is None else tuple(t.special_tokens),
+        num_special_tokens=t.num_special_tokens,
+        vocab_size=t.vocab_size,
+    )
+    return load_tokenizer(name or tokenizer_name(config), config.model.vocab_size, options)

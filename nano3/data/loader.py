@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nano3.data.corpus import Dataset
+from nano3.data.row import PADDING, Dataset
 
 
 class Batch(NamedTuple):
@@ -26,6 +26,13 @@ class Batch(NamedTuple):
     labels: Tensor  # labels[:, t] follows tokens[:, t]
     seq_idx: Tensor | None = None  # the document of each token of packed rows
     real: Tensor | None = None  # bool: False for padding, which then enters no loss, no count and no balance term
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) int64: the tokens of each row that are not padding."""
+        if self.real is None:
+            return torch.full(self.tokens.shape[:1], self.tokens.shape[1])
+        return self.real.sum(1)
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
@@ -57,8 +64,14 @@ class _Rows:
         self.data, self.split = data, split
 
     def __getitem__(self, samples: range) -> Batch:
-        window = torch.from_numpy(np.stack([self.data.sample(self.split, i) for i in samples]))
-        return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+        rows = [self.data.row(self.split, i) for i in samples]
+        tokens, labels = (torch.from_numpy(np.stack([getattr(r, f) for r in rows])) for f in ("tokens", "labels"))
+        if all(r.seq_idx is None for r in rows):
+            return Batch(tokens, labels)
+        numbers = [np.zeros_like(r.tokens) if r.seq_idx is None else r.seq_idx for r in rows]
+        seq_idx = torch.from_numpy(np.stack(numbers))
+        real = seq_idx != PADDING
+        return Batch(tokens, labels, seq_idx, None if real.all() else real)
 
 
 def micro_batches(data: Dataset, split: str, first: int, place: Place) -> list[Batch]:

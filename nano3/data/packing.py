@@ -1,10 +1,8 @@
 """Several samples in one row: first-fit decreasing, the same on every machine and under every layout.
 
-A row has a fixed number of tokens.  `seq_idx` numbers its documents, so that convolution, SSD and attention start anew
-at each; what is left of the row is padding, a document of its own at the end, whose labels are IGNORE: no state reaches
-it that matters, and none comes from it.  Its number is PADDING, so whoever counts tokens can leave it out.  Rows are
-made from the samples' lengths alone, so neither tp, cp nor the micro-batch has a say in what is packed with what;
-without packing, a row is made of one sample in the same way.
+A row has a fixed number of tokens: documents, numbered in its `seq_idx` from 0, and then padding.  Rows are made from
+the samples' lengths alone, so neither tp, cp nor the micro-batch has a say in what is packed with what; without
+packing, a row is made of one sample in the same way.
 """
 
 from __future__ import annotations
@@ -13,24 +11,16 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from nano3.config import UserError
-from nano3.data.supervised import IGNORE, Sample, Samples
+from nano3.data.row import IGNORE, PADDING, Row
+from nano3.data.supervised import Sample, Samples
 
 WINDOW = 8192  # samples that are packed together: more hardly fill rows better, fewer keep their order better
-PADDING = (1 << 30) - 1  # larger than any document's number, since these never decrease along a row; fits int32
 META = b"nano3.packed"
-
-
-class Row(NamedTuple):
-    """(S,) int64 each."""
-
-    tokens: np.ndarray
-    labels: np.ndarray
-    seq_idx: np.ndarray  # the document of each token, from 0, or PADDING
 
 
 def pack(lengths: Sequence[int], size: int, window: int = WINDOW) -> list[list[int]]:
@@ -99,17 +89,23 @@ class Packed:
 
 
 class Rows:
-    """What the loader asks: row `index` of a split, for every index from 0 on.
+    """A Dataset of supervised samples.
 
     The rows of `train` come in another order each epoch, those of `valid` always in the same; a row depends on (seed,
-    index) alone.  pad: the id in the padding, which nothing depends on.
+    index) alone.  pad: the id in the padding, which nothing depends on.  about: what is known of the samples.
     """
 
-    def __init__(self, splits: dict[str, Documents], size: int, seed: int, pad: int = 0) -> None:
+    def __init__(
+        self, splits: dict[str, Documents], size: int, seed: int, pad: int = 0, about: Sequence[str] = ()
+    ) -> None:
         self.splits, self.S, self.seed, self.pad = splits, size, seed, pad
         if empty := [split for split, documents in splits.items() if not len(documents)]:
             raise UserError(f"dataset: the split {empty[0]} has no samples; give more data or dataset.val_proportion")
+        self.about = [*about, self.report()]
         self._order: tuple[int, np.ndarray] | None = None
+
+    def count(self, split: str) -> int:
+        return len(self.splits[split])
 
     def row(self, split: str, index: int) -> Row:
         documents = self.splits[split]

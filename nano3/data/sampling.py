@@ -222,17 +222,18 @@ class Samples:
 
     def sample(self, index: int) -> np.ndarray:
         """seq_length + 1 ids, int64."""
-        return self._window(index)[0]
+        return self.window(index)[0]
 
     def boundaries(self, index: int) -> np.ndarray:
         """Where documents begin among the seq_length inputs of a sample, (n,) int64, ascending.
 
         The first entry is always 0, although the document may have begun before the window.
         """
-        starts = self._window(index)[1]
+        starts = self.window(index)[1]
         return starts[starts < self.S]
 
-    def _window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """seq_length + 1 ids, int64, and where among them documents begin, the first entry 0 in any case."""
         e = index * self.S // self.ids
         epoch = self._epoch(e)
         k = int(epoch.shuffle[index - -(-e * self.ids // self.S)])

@@ -18,10 +18,9 @@ import numpy as np
 from nano3.config import UserError
 from nano3.data.chat import ChatFormat, Encoded
 from nano3.data.records import Record, RecordError, hub_records, read_jsonl, rename, text_field
+from nano3.data.row import IGNORE
 from nano3.data.squad import FILES, HUB_ID, squad_file, squad_record
 from nano3.data.tokenizer import IdTokenizer, Tokenizer
-
-IGNORE = -100  # as in kernels/cross_entropy.py, which data does not import
 
 
 class Sample(NamedTuple):
@@ -270,15 +269,19 @@ class Reader:
 
 
 def load_supervised(
-    tokenizer: Tokenizer, seq_length: int, options: SupervisedOptions, log: Callable[[str], None] = print
+    tokenizer: Tokenizer,
+    seq_length: int,
+    options: SupervisedOptions,
+    log: Callable[[str], None] = print,
+    valid: bool = True,
 ) -> dict[str, Samples]:
-    """The samples of `train` and `valid`, tokenized; `log` gets a line about each.
+    """The samples of `train` and, if `valid`, of `valid`, tokenized; `log` gets a line about each.
 
     Raises UserError if the data is not there or no sample is left.
     """
     reader = Reader(tokenizer, seq_length, options)
     found: dict[str, Samples] = {}
-    for ours, theirs in (("train", "train"), ("valid", "validation")):
+    for ours, theirs in (("train", "train"), ("valid", "validation"))[: 1 + valid]:
         records = open_split(options, theirs)
         if records is None:
             continue
@@ -290,7 +293,7 @@ def load_supervised(
                 f"dataset.path={options.path or options.name}: no sample is left for {ours} ({tally.report()}); "
                 "look at dataset.seq_length and at the form of the records"
             )
-    if "valid" not in found:
+    if valid and "valid" not in found:
         found["train"], found["valid"] = hold_out(found["train"], options.val_proportion, options.seed)
         log(f"valid: {len(found['valid']):,} samples held out of train, by dataset.val_proportion")
     return found

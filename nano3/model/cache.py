@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nano3.config import ModelConfig
+from nano3.parallel.mesh import Axis
 
 
 @dataclass
@@ -47,6 +48,18 @@ class Rows(NamedTuple):
 
     seq_idx: Tensor | None = None  # (B, S), the document of each token
     real: Tensor | None = None  # (B, S / tp) bool, False for padding
+    document: Tensor | None = None  # (B, S / tp), seq_idx counted on from row to row: 0, 1, 2, … through all of them
+
+
+def rows_of(seq_idx: Tensor | None, real: Tensor | None, tp: Axis) -> Rows:
+    """Rows from what is known of whole rows, (B, S) each."""
+    mine = (lambda x: x.chunk(tp.size, dim=1)[tp.rank]) if tp.size > 1 else (lambda x: x)
+    if seq_idx is None:
+        return Rows(None, None if real is None else mine(real))
+    begins = torch.ones_like(seq_idx, dtype=torch.bool)
+    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    document = begins.flatten().cumsum(0).view_as(seq_idx) - 1
+    return Rows(seq_idx, None if real is None else mine(real), mine(document))
 
 
 def create_cache(

@@ -91,10 +91,9 @@ def main() -> int:
     p.add_argument("--tokenizer-model", metavar="PATH", help="default: the one it was trained with")
     args = p.parse_args()
     # The command line sits above the library: reading checkpoints and data is not the model's business.
-    from nano3.data.corpus import tokenizer_name
-    from nano3.data.tokenizer import load_tokenizer
+    from nano3.adapters import load_model
+    from nano3.data.corpus import open_tokenizer
     from nano3.parallel.mesh import pick_device
-    from nano3.train.checkpoint import load_model
 
     try:
         for name, ok in [
@@ -106,7 +105,7 @@ def main() -> int:
             if not ok:
                 raise UserError(f"--{name} {getattr(args, name.replace('-', '_'))} is out of range")
         model, config = load_model(args.checkpoint, "--checkpoint", pick_device(args.device, 0))
-        tokenizer = load_tokenizer(args.tokenizer_model or tokenizer_name(config), config.model.vocab_size)
+        tokenizer = open_tokenizer(config, args.tokenizer_model)
         prompt = tokenizer.encode(args.prompt)
         stream = generate(
             model,

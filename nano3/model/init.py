@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nano3.config import ModelConfig
 from nano3.model.layout import axis_of, split_of, whole_shapes
+from nano3.model.lora import adapted
 
 FP32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")  # kept in fp32 in every mode
 OUTPUTS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "down_proj")  # write into the residual stream
@@ -42,7 +43,8 @@ def draw(
 
     Embedding and head N(0, s); matrices N(0, s), s = c.init_std; those that write into the residual stream
     N(0, s / sqrt(layers)); convolution U(-1/sqrt(width), 1/sqrt(width)), weight and bias; A_log = log U(1, 16); D = 1;
-    dt_bias the inverse softplus of a log-uniform step; norms 1; selection bias 0.
+    dt_bias the inverse softplus of a log-uniform step; norms 1; selection bias 0.  Of an adapter, A is Xavier's normal,
+    N(0, sqrt(2 / (in + r))), and B zero.
     """
     g = generator(seed, name, device=device) if expert is None else generator(seed, name, expert, device=device)
     leaf, parent = name.rsplit(".", 1)[-1], name.rsplit(".", 2)[-2] if "." in name else ""
@@ -50,6 +52,8 @@ def draw(
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(shape, generator=g, device=device) * (high - low) + low
 
+    if adapted(name) is not None:
+        return torch.randn(shape, generator=g) * math.sqrt(2 / sum(shape)) if leaf == "A" else torch.zeros(shape)
     if leaf == "A_log":
         return uniform(1.0, 16.0).log()
     if leaf == "dt_bias":
@@ -77,23 +81,31 @@ def allocate(model: nn.Module, device: torch.device, compute: torch.dtype) -> nn
         owner = model.get_submodule(".".join(path))
         new = torch.empty(tensor.shape, device=device, dtype=dtype_of(name, compute))
         if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(new)
+            owner._parameters[leaf] = nn.Parameter(new, requires_grad=tensor.requires_grad)
         else:
             owner._buffers[leaf] = new
     return model
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, c: ModelConfig, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+def initialise(
+    model: nn.Module,
+    c: ModelConfig,
+    seed: int,
+    adapters_only: bool = False,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
     """Draw every tensor of an allocated model, one at a time (one expert at a time), and keep this rank's part.
 
     device: where the numbers are drawn.  On a GPU it takes seconds, not minutes, for a large model, and gives others.
     """
-    shapes = whole_shapes(c)
+    shapes = whole_shapes(c, model.peft)
     for name, tensor in named_tensors(model).items():
+        if adapters_only and adapted(name) is None:
+            continue
         split = split_of(name, c, model.mesh.tp.size)
         axis = axis_of(split, model.mesh)
-        if ".experts." in name:
+        if split is not None and split.axis == "ep":
             for e in range(tensor.shape[0]):
                 tensor[e].copy_(draw(name, tensor.shape[1:], c, seed, axis.rank * tensor.shape[0] + e, device))
         else:

@@ -2,7 +2,7 @@
 
 in_proj and the convolution are cut component by component, so that a rank has whole heads of each: its rows of z, of
 x, of B, of C and of dt, one after the other.  Every other cut is along one dimension.  What the table does not name is
-the same on every rank: norms, routers, selection biases.
+the same on every rank: norms, routers, selection biases.  Adapters follow from the weights that they add to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nano3.config import ModelConfig
+from nano3.config import ModelConfig, PeftConfig
+from nano3.model.lora import adapted, attach
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import Axis, Mesh
 from nano3.parallel.tensor import Split
@@ -24,6 +25,12 @@ CONV = ("x", "B", "C")
 
 def split_of(name: str, c: ModelConfig, tp: int) -> Split | None:
     """The rule for the tensor of this name in the whole model; None: replicated."""
+    if (found := adapted(name)) is not None:
+        site, letter = found
+        base = split_of(site.weight, c, tp)
+        if site.routed:
+            return None if site.shared else base
+        return base if base is not None and base.dim == "BA".index(letter) else None
     kv_copies = max(1, tp // c.num_key_value_heads)
     bc = c.n_groups * c.ssm_state_size
     table = {
@@ -56,10 +63,12 @@ def axis_of(split: Split | None, mesh: Mesh) -> Axis:
     return Axis() if split is None else {"tp": mesh.tp, "ep": mesh.ep}[split.axis]
 
 
-def whole_shapes(c: ModelConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of the whole model, in its order."""
+def whole_shapes(c: ModelConfig, peft: PeftConfig | None = None) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of the whole model, its adapters among them if it has any, in its order."""
     with torch.device("meta"):
         model = Nano3(c)
+        if peft is not None:
+            attach(model, peft)
     return {name: t.shape for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nano3.config import KINDS, ModelConfig
+from nano3.config import KINDS, ModelConfig, PeftConfig
 from nano3.model.attention import Attention
-from nano3.model.cache import LayerState, Rows
+from nano3.model.cache import LayerState, Rows, rows_of
 from nano3.model.mamba import Mamba
 from nano3.model.moe import MLP, Balance, MoE
 from nano3.model.norm import RMSNorm
@@ -73,6 +73,7 @@ class Nano3(nn.Module):
         super().__init__()
         L = c.num_hidden_layers
         self.config, self.recompute, self.mesh = c, recompute, mesh
+        self.peft = PeftConfig()  # what of it is trained; `nano3.model.lora.attach` says otherwise
         self.parts = list(parts or [(0, L)])
         self.has_start, self.has_end = self.parts[0][0] == 0, self.parts[-1][1] == L
         local_vocab = c.vocab_size // mesh.tp.size
@@ -104,8 +105,7 @@ class Nano3(nn.Module):
         start, stop = self.parts[part]
         if start == 0:
             x = self.embed(x, whole)
-        tp = self.mesh.tp
-        rows = Rows(seq_idx, None if real is None else real.chunk(tp.size, dim=1)[tp.rank])
+        rows = rows_of(seq_idx, real, self.mesh.tp)
         balance = []
         for i in range(start, stop):
             block, state = self.layers[str(i)], None if cache is None else cache[i]

@@ -25,9 +25,7 @@ from nano3.parallel.tensor import depart_enter, depart_leave, enter, leave
 class Balance(NamedTuple):
     """What a mixture layer reports about its routing."""
 
-    aux_B: (
-        Tensor  # auxiliary loss of each sequence, before its coefficient, 1 at perfect balance; this tp rank's summand
-    )
+    aux_B: Tensor  # auxiliary loss of each row, before its coefficient, 1 at perfect balance; this tp rank's summand
     counts_E: Tensor  # rows that the tokens of this rank gave each expert, int64
 
 
@@ -116,30 +114,44 @@ class MoE(nn.Module):
         if rows.real is not None:  # padding is computed like any token, and counted nowhere
             real = routes.experts_TK.where(rows.real.reshape(-1, 1), self.E)
             counts = expert_counts(real, self.E + 1, self.gate.backend)[:-1]
-        return y, Balance(sequence_balance_loss(scores, self.K, self.tp, rows.real), counts)
+        return y, Balance(sequence_balance_loss(scores, self.K, self.tp, rows.real, rows.document), counts)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
         return self(u, Rows(), None, whole=True)[0]
 
 
-def sequence_balance_loss(scores_BSE: Tensor, top_k: int, tp: Axis = ALONE.tp, real_BS: Tensor | None = None) -> Tensor:
-    """E / (K S^2) * sum_i c_i sum_t p_ti per sequence, (B,): 1 when every expert is chosen equally often.
+def sequence_balance_loss(
+    scores_BSE: Tensor,
+    top_k: int,
+    tp: Axis = ALONE.tp,
+    real_BS: Tensor | None = None,
+    document_BS: Tensor | None = None,
+) -> Tensor:
+    """E sum_i f_i mean_t p_ti per row, (B,): 1 when every expert is chosen equally often.
 
-    p are the scores normalised over all experts; c_i counts the tokens whose K largest p, without bias or group limits,
-    hold expert i.  The gradient flows through p only.  Convention of Megatron's seq_aux_loss; a packed row is one
-    sequence.  With the sequence split over tp, c is the whole sequence's and the sum over t this rank's, so the ranks'
-    results add up to the loss.  Where real_BS is False there is no token: S counts the others.
+    p are the scores normalised over all experts; f_i is the share that expert i has in the choices of the sequence,
+    each token choosing its K largest p, without bias or group limits.  The gradient flows through p only.  Convention
+    of Megatron's seq_aux_loss, but that here each document is a sequence: where a row holds several (document_BS, see
+    `Rows`), f is that of the token's own document, which makes the result the mean of the documents' losses, weighted
+    by their tokens.  With the sequence split over tp, f is the whole sequence's and the mean's sum this rank's, so the
+    ranks' results add up to the loss.  Where real_BS is False there is no token.
     """
-    E = scores_BSE.shape[2]
-    S = torch.full(scores_BSE.shape[:1], scores_BSE.shape[1] * tp.size, device=scores_BSE.device)
+    B, S, E = scores_BSE.shape
+    length = torch.full((B,), S * tp.size, device=scores_BSE.device)
     p = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)
     with torch.no_grad():
         chosen = torch.zeros_like(p).scatter_(-1, p.topk(top_k, dim=-1).indices, 1.0)
     if real_BS is not None:
         p, chosen = p * real_BS.unsqueeze(-1), chosen * real_BS.unsqueeze(-1)
-        S = all_sum(real_BS.sum(1), tp.group).clamp_min(1)
-    counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
-    return (counts * p.sum(1)).sum(-1) * (E / top_k) / (S * S)
+        length = all_sum(real_BS.sum(1), tp.group).clamp_min(1)
+    if document_BS is None:
+        counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
+        share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+        return (share * p.sum(1)).sum(-1) * E / length
+    counts = torch.zeros(B * S * tp.size, E, dtype=p.dtype, device=p.device)  # as many documents as tokens, at most
+    counts = all_sum(counts.index_add_(0, document_BS.flatten(), chosen.flatten(0, 1)), tp.group)
+    share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+    return (share[document_BS] * p).sum((1, 2)) * E / length
 
 
 @torch.no_grad()

@@ -82,10 +82,11 @@ def run(ops: list[Op], wire: Wire, forward: Forward, before_backward: Callable[[
         if before_backward is not None:
             before_backward(op)
         x, y, loss = held.pop((op.chunk, op.micro))
-        roots = [(loss, None)] if loss is not None else []
-        if arrived is not None:
-            roots.append((y, arrived))
-        torch.autograd.backward(*map(list, zip(*roots, strict=True)))
+        roots = [(loss, None), (y, arrived)]
+        # Where everything up to here is frozen, nothing has a gradient: the one that arrived goes no further.
+        roots = [(t, g) for t, g in roots if t is not None and t.requires_grad and (t is loss or g is not None)]
+        if roots:
+            torch.autograd.backward(*map(list, zip(*roots, strict=True)))
         if x is not None:
             wire.send(op, x.grad)
     wire.finish()

@@ -11,8 +11,9 @@ draws no random numbers after initialisation.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,9 +24,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nano3 import hf
 from nano3.cli import to_yaml
-from nano3.config import Config, ModelConfig, UserError, merge
+from nano3.config import Config, ModelConfig, PeftConfig, UserError, merge
+from nano3.data.corpus import tokenizer_name
 from nano3.model.init import allocate, named_tensors
 from nano3.model.layout import Piece, pieces, split_of, whole_shapes
+from nano3.model.lora import adapted, attach, kept
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.train import storage
@@ -33,12 +36,17 @@ from nano3.train.engine import read, write
 from nano3.train.optim import AdamW
 from nano3.train.storage import MANIFEST, POINTER, Container, Manifest, Progress, read_manifest
 
+RECIPE = "adapter.json"  # marks a checkpoint that holds adapters alone (`nano3/adapters.py`)
+
 
 class Saver:
-    """Writes checkpoints into one folder, in the background if asked to; every rank of a run has one."""
+    """Writes checkpoints into one folder, in the background if asked to; every rank of a run has one.
 
-    def __init__(self, folder: Path, config: Config, mesh: Mesh) -> None:
-        self.folder, self.config, self.mesh = folder, config, mesh
+    extra: further small text files of each.
+    """
+
+    def __init__(self, folder: Path, config: Config, mesh: Mesh, extra: dict[str, str] | None = None) -> None:
+        self.folder, self.config, self.mesh, self.extra = folder, config, mesh, extra or {}
         self.thread = ThreadPoolExecutor(1)
         self.pending: Future[Path] | None = None
         self.last: Path | None = None  # the newest that is complete
@@ -69,8 +77,7 @@ class Saver:
 
     def _write(self, shares: dict[str, list[Piece]], progress: Progress) -> Path:
         final = self.folder / f"iter_{progress.iteration:07d}"
-        extra = {"config.yaml": to_yaml(self.config)}
-        write(final, shares, progress, extra, self.mesh)
+        write(final, shares, progress, {"config.yaml": to_yaml(self.config), **self.extra}, self.mesh)
         if self.mesh.is_main:
             self._retire(final)
         return final
@@ -87,17 +94,23 @@ class Saver:
 
 
 def owned(model: Nano3, optimizer: AdamW) -> Iterator[Piece]:
-    """This rank's share of a checkpoint: its rows of every tensor, and of its masters and moments."""
+    """This rank's share of a checkpoint: its rows of every tensor, and of its masters and moments.
+
+    With adapters only what training changes: the base weights stay where they came from.
+    """
     mesh, state = model.mesh, optimizer.state()
     for name, tensor in named_tensors(model).items():
         local = tensor.shape
-        if name not in optimizer.members:  # a buffer, the same on all ranks of a stage
-            if mesh.block.rank == 0:
-                yield from _named("model", name, tensor.detach(), 0, local, model)
+        if not kept(name, model.peft):
             continue
         split = split_of(name, model.config, mesh.tp.size)
-        if (split is None and mesh.tp.rank > 0) or (split is not None and split.copies > 1 and mesh.kv.rank > 0):
+        dense = split is None or split.axis == "tp"
+        if dense and (mesh.tp.rank if split is None else split.copies > 1 and mesh.kv.rank) > 0:
             continue  # the same as another rank's
+        if name not in optimizer.members:  # a buffer or frozen: the same, and whole, on each rank of its axis
+            if optimizer.axis(name).rank == 0:
+                yield from _named("model", name, tensor.detach(), 0, local, model)
+            continue
         first = optimizer.first_row(name)
         yield from _named("model", name, optimizer.shard(name, tensor.detach()), first, local, model)
         for kind, share in state[name].items():
@@ -110,22 +123,29 @@ def _named(kind: str, name: str, held: Tensor, first: int, local: torch.Size, mo
             yield piece._replace(key=f"{kind}.{piece.key}")
 
 
-def wanted(model: Nano3, optimizer: AdamW | None, keys: Collection[str], steps: int = 0) -> dict[str, list[Piece]]:
-    """What this rank reads, as views to be filled: all of its model, and its rows of the optimizer's state.
+def wanted(
+    model: Nano3,
+    optimizer: AdamW | None,
+    keys: Collection[str],
+    steps: int = 0,
+    choose: Callable[[str], bool] = lambda name: True,
+) -> dict[str, list[Piece]]:
+    """What this rank reads, as views to be filled: all of its model, and its rows of the optimizer's state; or that of
+    the tensors whose names are chosen.
 
     keys: what the checkpoint holds.  A weight that is kept in full precision here comes from the master if there is
     one, a master that was never apart from its weight from the weight: precision is not lost by a change of dtype.
     """
     found: list[Piece] = []
     for name, tensor in named_tensors(model).items():
-        for piece in _named("model", name, tensor.detach(), 0, tensor.shape, model):
+        for piece in _named("model", name, tensor.detach(), 0, tensor.shape, model) if choose(name) else ():
             master = piece.key.replace("model.", "master.", 1)
             full = optimizer is not None and tensor.dtype.itemsize >= 4 and master in keys
             found.append(piece._replace(key=master) if full else piece)
     if optimizer is not None:
-        for name, kept in optimizer.resume_state(steps).items():
+        for name, state in optimizer.resume_state(steps).items():
             local, first = optimizer.parameters[name].shape, optimizer.first_row(name)
-            for kind, share in kept.items():
+            for kind, share in state.items() if choose(name) else ():
                 for piece in _named(kind, name, share, first, local, model):
                     weight = piece.key.replace("master.", "model.", 1)
                     found.append(piece if piece.key in keys else piece._replace(key=weight))
@@ -221,11 +241,14 @@ def read_config(folder: Path) -> Config:
 
 @torch.no_grad()
 def load(path: str, setting: str, model: Nano3, optimizer: AdamW | None, or_last_good: bool = False) -> Progress:
-    """Restore this rank's share of model and optimizer in place from a checkpoint of the same geometry, any layout."""
+    """Restore this rank's share of model and optimizer in place from a checkpoint of the same geometry, any layout.
+
+    Of a model with adapters these and their optimizer state; `load_weights` has brought the base.
+    """
     folder, manifest = open_verified(path, setting, model.mesh, or_last_good)
-    check_geometry(manifest, model, folder, setting)
+    check_geometry(manifest, model, folder, setting, partial(kept, peft=model.peft))
     steps = manifest.progress.iteration
-    shares = wanted(model, optimizer, manifest.tensors, steps)
+    shares = wanted(model, optimizer, manifest.tensors, steps, partial(kept, peft=model.peft))
     if absent := sorted(k for k in shares if k not in manifest.tensors):
         raise UserError(
             f"{setting}: {folder} has weights only ({absent[0]} is missing); start a new run from it with "
@@ -236,26 +259,53 @@ def load(path: str, setting: str, model: Nano3, optimizer: AdamW | None, or_last
 
 
 @torch.no_grad()
-def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW) -> None:
+def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW | None) -> None:
     """Start a new run from the weights of one of our checkpoints or of a Hugging Face folder or id.
 
-    Masters have the precision that is there.  A rank reads its share only.
+    Masters have the precision that is there.  A rank reads its share only.  Adapters are left as they are.
     """
-    if not _is_ours(path):
+    base = _of_the_base
+    if not is_ours(path):
         source = hf.open_model(hf.find_model(path, setting=setting))
         if hf.shapes(source.config) != hf.shapes(model.config):
             raise UserError(f"{setting}={path}: {_difference(source.config, model.config)}")
-        for found in wanted(model, optimizer, ()).values():
+        for found in wanted(model, optimizer, (), choose=base).values():
             for piece in found:
                 piece.tensor.copy_(source.read(piece.name, piece.index))
         source.close()
         return
     folder, manifest = open_verified(path, setting, model.mesh)
-    check_geometry(manifest, model, folder, setting)
-    read(Container(folder, manifest), wanted(model, optimizer, manifest.tensors), model.mesh)
+    refuse_adapters(folder, setting)
+    check_geometry(manifest, model, folder, setting, base)
+    read(Container(folder, manifest), wanted(model, optimizer, manifest.tensors, choose=base), model.mesh)
 
 
-def _is_ours(path: str) -> bool:
+def _of_the_base(name: str) -> bool:
+    return adapted(name) is None
+
+
+def refuse_adapters(folder: Path, setting: str) -> None:
+    """Raise UserError if a checkpoint holds adapters alone."""
+    if (folder / RECIPE).is_file():
+        raise UserError(
+            f"{setting}: {folder} holds adapters, not a model; give the model they were trained on, or make one of "
+            f"both: python merge_lora.py --hf-model-path BASE --lora-checkpoint {folder} --output OUT"
+        )
+
+
+def tokenizer_in(path: str) -> str | None:
+    """The tokenizer that belongs to a checkpoint or a Hugging Face folder or id, as tokenizer.tokenizer_model."""
+    if not is_ours(path):
+        return path
+    folder = find(path, "checkpoint.pretrained_checkpoint")
+    if any((folder / "hf" / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return str(folder / "hf")  # it was imported with it
+    name = tokenizer_name(read_config(folder))
+    return None if name == "none" else name
+
+
+def is_ours(path: str) -> bool:
+    """Whether a path leads to checkpoints of ours, and not to a Hugging Face folder."""
     folders = (Path(path), Path(path) / "checkpoints")
     return any((f / MANIFEST).is_file() or (f / POINTER).is_file() or any(f.glob("iter_*")) for f in folders)
 
@@ -267,10 +317,14 @@ def _difference(theirs: ModelConfig, ours: ModelConfig) -> str:
     return f"it has another geometry than the preset; use a preset that fits, or {settings}"
 
 
-def check_geometry(manifest: Manifest, model: Nano3, folder: Path, setting: str) -> None:
-    """Raise UserError if the checkpoint's weights are not those of this model."""
+def check_geometry(
+    manifest: Manifest, model: Nano3, folder: Path, setting: str, choose: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Raise UserError if the checkpoint's weights are not those of this model, or the chosen ones of them."""
     here: dict[str, tuple[int, ...]] = {}
-    for name, shape in whole_shapes(model.config).items():
+    for name, shape in whole_shapes(model.config, model.peft).items():
+        if not choose(name):
+            continue
         split = split_of(name, model.config, 1)
         for component, size in zip(split.names, split.pieces, strict=True) if split else [("", shape[0])]:
             key = f"model.{name}.{component}" if component else f"model.{name}"
@@ -288,6 +342,7 @@ def check_geometry(manifest: Manifest, model: Nano3, folder: Path, setting: str)
 def load_model(path: str, setting: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Nano3, Config]:
     """A model in eval mode, built from nothing but a checkpoint; `dtype` None keeps the one it was trained in."""
     folder, manifest = open_verified(path, setting)
+    refuse_adapters(folder, setting)
     config = read_config(folder)
     model = build(config.model, mesh=Mesh(device=device))
     allocate(model, device, dtype or manifest.tensors["model.embeddings.weight"].dtype)
@@ -302,7 +357,11 @@ def build(
     recompute: frozenset[str] = frozenset(),
     mesh: Mesh = ALONE,
     parts: list[tuple[int, int]] | None = None,
+    peft: PeftConfig | None = None,
 ) -> Nano3:
-    """The model without memory, on the meta device."""
+    """The model without memory, on the meta device, with its adapters if it has any."""
     with torch.device("meta"):
-        return Nano3(c, recompute, mesh, parts)
+        model = Nano3(c, recompute, mesh, parts)
+        if peft is not None:
+            attach(model, peft)
+        return model

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from kernels._common import INTERPRET, triton
+from nano3 import adapters
 from nano3.cli import difference, to_yaml
 from nano3.config import Config, UserError
-from nano3.data.corpus import load_dataset, tokenizer_name
+from nano3.data.corpus import is_supervised, load_dataset, open_tokenizer
 from nano3.data.loader import Place, micro_batches, stream
-from nano3.data.tokenizer import load_tokenizer
+from nano3.data.row import IGNORE
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.mesh import LostContact, Mesh, lost_contact
@@ -23,7 +24,7 @@ from nano3.train import checkpoint
 from nano3.train.checkpoint import Saver
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
-from nano3.train.plan import parameters, rank_parts, training_flops, uses_bf16
+from nano3.train.plan import adapter_table, parameters, rank_parts, training_flops, uses_bf16
 from nano3.train.schedule import learning_rate
 from nano3.train.step import StepReport, TrainingError, evaluate, training_step
 from nano3.train.storage import Progress
@@ -39,21 +40,31 @@ class Trainer:
         check_kernels(config, mesh.device)
         micro = config.micro_batch(mesh.dp.size)
         self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
-        self.tokenizer = load_tokenizer(tokenizer_name(config), config.model.vocab_size)
+        if config.tokenizer.tokenizer_model == "auto" and is_supervised(config):
+            source = self._resumable() or config.checkpoint.pretrained_checkpoint
+            if source is not None and (found := checkpoint.tokenizer_in(source)) is not None:
+                config.tokenizer.tokenizer_model = found  # so that the new checkpoint says it too
+        self.tokenizer = open_tokenizer(config)
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
         dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
         parts = rank_parts(config, mesh.pp.rank)
-        self.model = allocate(checkpoint.build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
+        model = checkpoint.build(config.model, config.recompute, mesh, parts, config.peft)
+        self.model = allocate(model, mesh.device, dtype)
         self.progress = Progress()
         self.loaded = self._resumable()
-        if self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
+        self.recipe = None  # of the adapters, if that is what is trained
+        if config.peft.adapts:
+            initialise(self.model, config.model, config.rng.seed, adapters_only=True)
+        elif self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
             initialise(self.model, config.model, config.rng.seed)
         self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32)
+        if config.peft.adapts:
+            self.recipe = adapters.start(config, self.loaded, self.model, self.optimizer)
         if self.loaded is not None:
             good = config.checkpoint.resume_from_last_good
             self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer, good)
-        elif (weights := config.checkpoint.pretrained_checkpoint) is not None:
+        elif self.recipe is None and (weights := config.checkpoint.pretrained_checkpoint) is not None:
             checkpoint.load_weights(weights, "checkpoint.pretrained_checkpoint", self.model, self.optimizer)
         pin = mesh.device.type == "cuda"
         self.batches = stream(self.data, "train", self.progress.samples, self.place, config.dataset.num_workers, pin)
@@ -79,7 +90,8 @@ class Trainer:
         log = Log(config, folder, total, self.mesh.is_main)
         if self.mesh.is_main:
             (folder / "config.yaml").write_text(to_yaml(config))
-        self.saver = Saver(self.save_to, config, self.mesh)
+        recipe = {} if self.recipe is None else {checkpoint.RECIPE: self.recipe.to_json()}
+        self.saver = Saver(self.save_to, config, self.mesh, recipe)
         self._introduce(log, folder)
         started, spent, trained, last_eval = time.monotonic(), 0.0, 0, None
         if config.validation.eval_iters:
@@ -90,7 +102,7 @@ class Trainer:
             while self.progress.iteration < total and not stop:
                 begin = time.monotonic()
                 report, lr = self._step()
-                spent, trained = spent + time.monotonic() - begin, trained + report.tokens
+                spent, trained = spent + time.monotonic() - begin, trained + report.real
                 iteration = self.progress.iteration
                 left = spent / (iteration - self.first) * (total - iteration)
                 log.step(iteration, self._row(report, lr, time.monotonic() - begin), left)
@@ -153,9 +165,13 @@ class Trainer:
         )
 
     def evaluate(self) -> float:
-        """Mean loss per token over the first eval_iters global batches of the validation split, the same every time."""
-        batch = self.place.batch
-        firsts = range(0, self.config.validation.eval_iters * batch, batch)
+        """Mean loss per token over the first eval_iters global batches of the validation split, the same every time.
+
+        A small split is read once; its first rows come again where the last batch is not full.
+        """
+        batch, count = self.place.batch, self.data.count("valid")
+        samples = self.config.validation.eval_iters * batch
+        firsts = range(0, samples if count is None else min(samples, count), batch)
         rows = (micro_batches(self.data, "valid", first, self.place) for first in firsts)
         return evaluate(self.model, rows, self.config)
 
@@ -179,7 +195,9 @@ class Trainer:
         elif self.config.dataset.name == "embedded":
             prompt = tokenizer.encode("class Reader:\n    def __init__(self, ")
         else:
-            prompt = self.data.sample("valid", 0)[:8].tolist()
+            row = self.data.row("valid", 0)
+            asked = int((row.labels != IGNORE).argmax()) + 1  # a question, up to the first token of its answer
+            prompt = row.tokens[: asked if asked > 1 else 8].tolist()
         self.model.eval()
         self.optimizer.finish_gather()
         options = {"temperature": 0.8, "top_p": 0.95, "seed": self.config.rng.seed, "stop_ids": tokenizer.stop_ids}
@@ -194,7 +212,7 @@ class Trainer:
         self.asked_to_stop = True
 
     def _row(self, r: StepReport, lr: float, seconds: float) -> dict[str, object]:
-        speed = r.tokens / seconds
+        speed = r.real / seconds
         row = {"loss": r.loss, "lr": lr, "grad_norm": r.grad_norm, "tokens_per_second": speed, "seconds": seconds}
         row |= {"samples": self.progress.samples, "tokens": self.progress.tokens}
         if r.loads:
@@ -218,10 +236,19 @@ class Trainer:
         )
         changed = difference(config, self.name)
         log.say(f"settings beyond the preset: {' '.join(changed) if changed else 'none'}")
+        source = config.dataset.path or config.dataset.name
         log.say(
-            f"{config.iterations:,} steps of {config.tokens_per_step:,} tokens from {config.dataset.name}; "
+            f"{config.iterations:,} steps of {config.tokens_per_step:,} tokens from {source}; "
             f"run folder {folder}; Ctrl-C saves and ends"
         )
+        for line in self.data.about:
+            log.say(line)
+        if config.mode == "finetune" and self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
+            log.say("checkpoint.pretrained_checkpoint is not set: the weights are random, as for pretraining")
+        if self.recipe is not None:
+            for line in adapter_table(config, self.model.dtype == torch.bfloat16):
+                log.say(line)
+            log.say(f"base {self.recipe.base}, fingerprint {self.recipe.fingerprint[:16]}")
         if self.loaded is not None:
             log.say(f"resumed from {self.loaded} at iteration {self.first}")
 
@@ -245,10 +272,13 @@ class Trainer:
         log.say("next:")
         if stopped:
             log.say(
-                f"  python train.py --mode pretrain --preset {self.name} --config-file {folder / 'config.yaml'} "
-                f"checkpoint.load={self.save_to}"
+                f"  python train.py --mode {self.config.mode} --preset {self.name} "
+                f"--config-file {folder / 'config.yaml'} checkpoint.load={self.save_to}"
             )
-        prompt = '"def "' if self.config.dataset.name == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
+        if is_supervised(self.config):
+            prompt = '"Context: The sky is blue. Question: Which colour has the sky? Answer:"'
+        else:
+            prompt = '"def "' if self.config.dataset.name == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
         log.say(f"  python -m nano3.model.generate --checkpoint {self.save_to} --prompt {prompt}")
 
 

@@ -14,6 +14,7 @@ import torch
 from nano3.config import KINDS, Config, ModelConfig
 from nano3.model.init import dtype_of
 from nano3.model.layout import split_of, whole_shapes
+from nano3.model.lora import adapted, sites_of, trains
 from nano3.parallel.data import Bucket, Member, make_buckets
 from nano3.parallel.layout import AXES, Layout, kv_copies
 from nano3.parallel.mesh import Axis
@@ -54,11 +55,14 @@ class Share:
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Numbers of parameters by kind, buffers not counted."""
+        """Numbers of parameters by kind, frozen ones too, buffers not counted."""
         out = dict.fromkeys(("dense", "experts", "embedding", "head"), 0)
-        for _, m in self.members:
-            ends = {"embeddings.weight": "embedding", "lm_head.weight": "head"}
-            out["experts" if ".experts." in m.name else ends.get(m.name, "dense")] += m.parameter.numel()
+        ends = {"embeddings.weight": "embedding", "lm_head.weight": "head"}
+        for name, t in self.tensors.items():
+            if adapted(name) is not None:
+                out["adapters"] = out.get("adapters", 0) + t.numel()
+            elif not name.endswith("e_score_correction_bias"):
+                out["experts" if ".experts." in name else ends.get(name, "dense")] += t.numel()
         return out
 
     def owned(self, bucket: Bucket, member: Member) -> int:
@@ -70,7 +74,7 @@ class Share:
 def shares(config: Config, layout: Layout, spans: Spans, bf16: bool) -> list[Share]:
     """The share of every pipeline stage, in order.  spans: the layers of each virtual stage."""
     c, compute = config.model, torch.bfloat16 if bf16 else torch.float32
-    splits = {name: (shape, split_of(name, c, layout.tp)) for name, shape in whole_shapes(c).items()}
+    splits = {name: (shape, split_of(name, c, layout.tp)) for name, shape in whole_shapes(c, config.peft).items()}
     out = []
     for stage in range(layout.pp):
         axes, parts = place(config, layout, stage * layout.block), spans[stage :: layout.pp]
@@ -82,7 +86,8 @@ def shares(config: Config, layout: Layout, spans: Spans, bf16: bool) -> list[Sha
             if ".".join(owner.split(".")[:2]) in layers or ends.get(owner) == stage:
                 shape = whole if split is None else split.shape(whole, axes[split.axis])
                 tensors[name] = torch.empty(shape, dtype=dtype_of(name, compute), device="meta")
-        parameters = {n: t for n, t in tensors.items() if not n.endswith("e_score_correction_bias")}
+        named = {n: t for n, t in tensors.items() if not n.endswith("e_score_correction_bias")}
+        parameters = {n: t for n, t in named.items() if trains(n, config.peft)}
 
         def spread(name: str, axes: dict[str, Axis] = axes) -> Axis:  # the same rule as AdamW's
             split = splits[name][1]
@@ -138,7 +143,8 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
     tokens = B * config.dataset.seq_length
 
     def whole(letter: str) -> float:
-        return tokens * activation_bytes(c, letter, config.dataset.seq_length, layout.tp, layout.ep, e, gpu)
+        base = activation_bytes(c, letter, config.dataset.seq_length, layout.tp, layout.ep, e, gpu)
+        return tokens * (base + adapter_bytes(config, letter, layout.tp, e, gpu))
 
     piece = tokens * e * c.hidden_size / layout.tp  # of the stream between two blocks
     kept = {x: piece if KINDS[x] in config.recompute else whole(x) for x in set(share.letters) - {"|"}}
@@ -152,10 +158,26 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
     if "lm_head.weight" in share.tensors:
         rows = -(-tokens // -(-tokens // config.train.loss_chunk_tokens))  # chunks of one size
         logits = rows * c.vocab_size / layout.tp
-        weight, hidden = c.vocab_size * c.hidden_size / layout.tp, tokens * c.hidden_size
+        weight = c.vocab_size * c.hidden_size / layout.tp if trains("lm_head.weight", config.peft) else 0
+        hidden = tokens * c.hidden_size
         # logits, the gradients of weight and tokens, the gathered tokens; PyTorch's softmax takes two copies more
         head = e * (logits + weight + 2 * hidden) if gpu else 4 * (3 * logits + weight + 2 * hidden)
     return most + max(again, head)
+
+
+def adapter_bytes(config: Config, letter: str, tp: int, e: int, gpu: bool) -> float:
+    """Bytes per token that the adapters of a block keep for its backward pass beside what the block keeps.
+
+    Each r numbers per row, between A and B.  Routed experts keep, besides, their gathered rows and, on a GPU, the
+    squares before and after the routing weight, of which the kernels without adapters keep one.
+    """
+    c, peft = config.model, config.peft
+    layer = c.hybrid_override_pattern.find(letter)
+    sites = [s for s in sites_of(c, peft) if s.module.startswith(f"layers.{layer}.")]
+    K, routed = c.num_experts_per_tok / tp, [s for s in sites if s.routed]
+    thin = peft.rank * (len(sites) - len(routed) + len(routed) * K)
+    rows = K * (c.hidden_size + 2 * c.moe_intermediate_size) if routed and gpu else 0.0
+    return e * (thin + rows)
 
 
 def rows_per_token(c: ModelConfig, ep: int) -> float:

@@ -23,13 +23,16 @@ def decays(parameter: Tensor) -> bool:
 
 
 class AdamW:
-    """model: a Nano3 with memory; its mesh says over which ranks a tensor's rows are spread."""
+    """model: a Nano3 with memory; its mesh says over which ranks a tensor's rows are spread.
+
+    A parameter that requires no gradient is frozen: nothing is kept for it, and no message carries it.
+    """
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, reduce_in_fp32: bool = True) -> None:
         self.config, self.mesh = config, model.mesh
-        self.parameters = dict(model.named_parameters())
-        self.splits = {n: split_of(n, model.config, self.mesh.tp.size) for n in self.parameters}
-        self.buckets = make_buckets(self.parameters, self._axis, None if reduce_in_fp32 else torch.bfloat16)
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.splits = {n: split_of(n, model.config, self.mesh.tp.size) for n, _ in model.named_parameters()}
+        self.buckets = make_buckets(self.parameters, self.axis, None if reduce_in_fp32 else torch.bfloat16)
         self.last_micro_batch = False  # set by the loop: gradients that come now are the last of the step
         self.masters: dict[str, Tensor] = {}
         self.members = {m.name: (b, m) for b in self.buckets for m in b.members}
@@ -44,8 +47,9 @@ class AdamW:
             }
             for wanted in (True, False)
         ]
+        nothing = [{"params": [torch.zeros(0, device=self.mesh.device)]}]  # a stage that is frozen; torch wants some
         self.inner = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
+            [g for g in groups if g["params"]] or nothing,
             lr=config.lr,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
@@ -53,9 +57,9 @@ class AdamW:
         )
         self._wait_before_use(model)
 
-    def _axis(self, name: str) -> Axis:
+    def axis(self, name: str) -> Axis:
         """The ranks that hold the same part of a tensor."""
-        split = self.splits[name]
+        split = self.splits.get(name)  # buffers have none
         return self.mesh.edp if split is not None and split.axis == "ep" else self.mesh.data
 
     def _accumulate(self, bucket: Bucket, member: Member):
@@ -87,7 +91,8 @@ class AdamW:
             users |= {"norm_f.": model.norm_f, "lm_head.": model.norm_f}
         for prefix, module in users.items():
             mine = [b for b in self.buckets if any(m.name.startswith(prefix) for m in b.members)]
-            module.register_forward_pre_hook(lambda *_, mine=mine: [b.finish_gather() for b in mine] and None)
+            if mine:  # not frozen
+                module.register_forward_pre_hook(lambda *_, mine=mine: [b.finish_gather() for b in mine] and None)
 
     def finish_gather(self) -> None:
         """Wait until all parameters are what the last step made them."""
@@ -100,7 +105,7 @@ class AdamW:
             if bucket.row is None:
                 bucket.reduce()
         found = {name: g for bucket in self.buckets for name, g in bucket.finish_reduce().items()}
-        dense = {n: s for n, s in self.splits.items() if s is None or s.axis == "tp"}
+        dense = {n: s for n in found if (s := self.splits[n]) is None or s.axis == "tp"}
         # With the sequence split, a replicated tensor has seen this rank's tokens only; so has a KV head's copy.
         _sum_together([found[n] for n, s in dense.items() if s is None], self.mesh.tp)
         _sum_together([found[n] for n, s in dense.items() if s is not None and s.copies > 1], self.mesh.kv)
@@ -119,10 +124,14 @@ class AdamW:
         gradients = self.reduced_gradients()
         held = {n: g for n, g in gradients.items() if g.numel()}
         counted = [g for n, g in held.items() if self._counted(n)]
-        norm = nn.utils.get_total_norm(counted) if counted else torch.zeros((), device=self.mesh.device)
+        norm = (
+            nn.utils.get_total_norm(counted)
+            if counted
+            else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        )
         if self.mesh.world > 1:
             norm = all_sum(norm.square().double(), self.mesh.all.group).sqrt().to(norm.dtype)
-        if self.config.clip_grad > 0:
+        if self.config.clip_grad > 0 and held:
             torch._foreach_mul_(list(held.values()), (self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0))
         for name, g in held.items():
             self.masters[name].grad = g

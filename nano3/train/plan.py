@@ -13,6 +13,8 @@ from pathlib import Path
 
 from nano3.cli import difference, parser, resolve
 from nano3.config import Config, ModelConfig, UserError
+from nano3.model.layout import whole_shapes
+from nano3.model.lora import adapter_shapes, sites_of
 from nano3.parallel.layout import Layout, check_layout, nearest_layout, objections
 from nano3.parallel.pipeline_schedule import bubble, cut, peak_in_flight, spans_of
 from nano3.presets import PRESETS
@@ -184,6 +186,8 @@ def report(config: Config, name: str, world: int, device_type: str, have: int | 
     if layout.pp > 1:
         lines.append(f"pipeline: {layout.pp} stages, idle {idle_share(config, layout):.1%} of the time")
     found, held = shares(config, layout, stage_spans(config), bf16), memories(config, world, device_type)
+    if config.peft.adapts:
+        lines += ["", *adapter_table(config, bf16)]
     lines += ["", *stage_table(config, layout, found, held), verdict(max(m.total for m in held), have), ""]
     sent = [traffic(config, layout, share, bf16) for share in found]
     most = max(range(layout.pp), key=lambda i: sum(line.bytes for line in sent[i]))
@@ -199,17 +203,51 @@ def stage_table(config: Config, layout: Layout, found: list[Share], held: list[M
         title = f"stage {share.stage}: {counted(layout.block, 'rank')}, {what} in flight, layers "
         lines += textwrap.wrap(title + share.letters, 100, subsequent_indent=" " * 9, break_on_hyphens=False)
     one, unit = unit_for(max(m.total for m in held))
-    kinds, sizes = ("dense", "experts", "embed.", "head", "total"), ("weights", "grads", "optim.", "activ.", "total")
+    kinds, sizes = ["dense", "experts", "embed.", "head"], ("weights", "grads", "optim.", "activ.", "total")
+    kinds += ["adapters", "total"] if config.peft.adapts else ["total"]
+    wide = 8 if config.peft.adapts else 9  # within 100 columns
     lines += [
         "",
-        f"{'':8}{'million parameters of a rank':>45}  |{f'{unit} of a rank':>40}",
-        f"{'stage':<8}" + "".join(f"{k:>9}" for k in kinds) + "  |" + "".join(f"{k:>8}" for k in sizes),
+        f"{'':8}{'million parameters of a rank':>{wide * len(kinds)}}  |{f'{unit} of a rank':>40}",
+        f"{'stage':<8}" + "".join(f"{k:>{wide}}" for k in kinds) + "  |" + "".join(f"{k:>8}" for k in sizes),
     ]
     for share, m in zip(found, held, strict=True):
-        numbers = [*share.parameters.values(), sum(share.parameters.values())]
-        row = f"{share.stage:<8}" + "".join(f"{x / 1e6:9,.2f}" for x in numbers) + "  |"
+        held_here = share.parameters
+        if config.peft.adapts:
+            held_here.setdefault("adapters", 0)
+        numbers = [*held_here.values(), sum(held_here.values())]
+        row = (
+            f"{share.stage:<8}"
+            + "".join(f"{x / 1e6:{wide},.{1 if config.peft.adapts else 2}f}" for x in numbers)
+            + "  |"
+        )
         lines.append(row + "".join(f"{x / one:8.2f}" for x in [*vars(m).values(), m.total]))
     return lines
+
+
+def adapter_table(config: Config, bf16: bool) -> list[str]:
+    """Where the rank of adapters goes: by kind of weight how many, their trained parameters, and bytes in training.
+
+    A trained number costs itself, its gradient's sum and two moments in fp32, and where it is bf16 a master.
+    """
+    c, peft = config.model, config.peft
+    shapes = whole_shapes(c)
+    kinds: dict[str, list[int]] = {}
+    for site in sites_of(c, peft):
+        kind = site.module.split(".mixer.")[1] + (" (shared)" if site.shared else "")
+        found = kinds.setdefault(kind, [0, 0])
+        experts = c.n_routed_experts if site.routed and not site.shared else 1
+        found[0] += experts
+        found[1] += sum(shape.numel() for shape in adapter_shapes(site, shapes[site.weight], peft).values())
+    total = parameters(c).total
+    trained = sum(n for _, n in kinds.values())
+    each = 2 + 4 + 3 * 4 if bf16 else 4 + 4 + 2 * 4
+    lines = [f"{'adapters of rank ' + str(peft.rank):32}{'number':>9}{'parameters':>15}{'MiB in training':>17}"]
+    for kind, (number, n) in [*kinds.items(), ("all", [sum(k for k, _ in kinds.values()), trained])]:
+        lines.append(f"  {kind:30}{number:>9,}{n:>15,}{n * each / (1 << 20):>17,.1f}")
+    router = "frozen" if peft.router_frozen else "trained in full"
+    share = f"{trained / total:.2%} of {total:,}"
+    return [*lines, f"trained: {share}; routers {router}; scale {peft.scale:g}; nothing is kept for frozen weights"]
 
 
 def counted(n: int, what: str, plural: str = "s") -> str:

@@ -33,9 +33,10 @@ class TrainingError(RuntimeError):
 @dataclass(frozen=True)
 class StepReport:
     loss: float  # nats per token, over the global batch
-    aux: float  # balance loss, mean over sequences, sum over layers, before its coefficient
+    aux: float  # balance loss, mean over documents by their tokens, sum over layers, before its coefficient
     grad_norm: float
     tokens: int  # with a loss, over the global batch
+    real: int  # that are not padding
     loads: list[float]  # max over mean expert load, per mixture layer
     stop: bool  # some rank was asked to stop
 
@@ -50,8 +51,9 @@ def training_step(
     model.train()
     c, device = config.model, mesh.device
     acc = torch.promote_types(model.dtype, torch.float32)
-    here = torch.tensor(sum((b.labels != IGNORE).sum().item() for b in batches), device=device)
-    tokens = int(all_sum(here, mesh.dp.group))
+    lengths = [b.lengths for b in batches]
+    here = torch.tensor([sum((b.labels != IGNORE).sum() for b in batches), sum(n.sum() for n in lengths)])
+    tokens, real = all_sum(here.to(device), mesh.dp.group).tolist()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, balance loss, ranks asked to stop
     sums[2] = float(stop)
     counts: dict[int, Tensor] = {}  # part -> (mixture layers, E)
@@ -67,7 +69,8 @@ def training_step(
             if mesh.tp.rank == 0:  # every tp rank has the same
                 sums[0] += loss.detach()
         if out.balance:
-            aux = torch.stack([b.aux_B.sum() for b in out.balance]).sum() / config.train.global_batch_size
+            share_B = lengths[micro].to(device, acc) / real  # so a token counts the same, however the rows are cut
+            aux = torch.stack([(b.aux_B * share_B).sum() for b in out.balance]).sum()
             sums[1] += aux.detach()
             weighted = c.moe_aux_loss_coeff * aux
             loss = weighted if loss is None else loss + weighted
@@ -87,11 +90,12 @@ def training_step(
     grad_norm = optimizer.step(lr)
     if not math.isfinite(grad_norm):
         raise TrainingError(f"the gradient norm is {grad_norm}")
-    return StepReport(mean_loss, aux, grad_norm, tokens, loads, stops > 0)
+    return StepReport(mean_loss, aux, grad_norm, tokens, real, loads, stops > 0)
 
 
 def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh) -> list[float]:
-    """Move the selection biases by the whole step's counts.  Returns each layer's max over mean load, on every rank."""
+    """Move the selection biases by the whole step's counts, unless the routers are frozen.  Returns each layer's max
+    over mean load, on every rank."""
     c = model.config
     at = {str(i): n for n, i in enumerate(i for i, x in enumerate(c.hybrid_override_pattern) if x == "E")}
     if not at:
@@ -100,7 +104,8 @@ def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh) -> list[flo
     if counts:
         total = all_sum(torch.cat(counts), mesh.block.group)
         for (layer, router), counts_E in zip(model.routers.items(), total, strict=True):
-            update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
+            if not model.peft.router_frozen:
+                update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
             loads[at[layer]] = counts_E.amax() / counts_E.double().mean()
     return all_sum(loads, mesh.pp.group).tolist()
 

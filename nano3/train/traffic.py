@@ -121,7 +121,7 @@ class _Step:
     def optimizer(self) -> Iterator[Line]:
         """data and edp: each bucket of gradients is reduce-scattered, and its updated rows are gathered back."""
         for axis, what in (("data", "dense"), ("edp", "experts'")):
-            mine = [b for b in self.share.buckets if (".experts." in b.members[0].name) == (axis == "edp")]
+            mine = [b for b in self.share.buckets if (b.axis.ranks == self.axes["edp"].ranks) == (axis == "edp")]
             if self.axes["data"].ranks == self.axes["edp"].ranks:  # then they share buckets
                 mine, what = (self.share.buckets if axis == "data" else []), "all"
             n = self.axes[axis].size
@@ -132,7 +132,11 @@ class _Step:
                 yield self.line(axis, "all_gather", f"{what} weights", 1, n * b.width * weight, "next forward")
 
     def small(self) -> Iterator[Line]:
-        """What is a few numbers, or once per step.  Padded rows sum their lengths besides, which is not counted."""
+        """What is a few numbers, or once per step.
+
+        Not counted: rows with padding sum their lengths besides, and rows of several documents the tokens per expert of
+        each, in room for as many documents as tokens.
+        """
         E, share = self.c.n_routed_experts, self.share
         passes = self.mixtures * self.micro * (2 if "E" in self.again else 1)
         yield self.line("tp", "all_reduce", "tokens per expert, for balance loss", passes, self.B * E * 4)
@@ -142,7 +146,7 @@ class _Step:
         here, everywhere = self.mixtures, self.c.hybrid_override_pattern.count("E")
         yield self.line("block", "all_reduce", "tokens per expert, for the biases", min(1, here), here * E * 8)
         yield self.line("pp", "all_reduce", "expert loads", min(1, everywhere), everywhere * 8)
-        yield self.line("dp", "all_reduce", "number of tokens", 1, 8)
+        yield self.line("dp", "all_reduce", "numbers of tokens", 1, 2 * 8)
         yield self.line("all", "all_reduce", "losses and signals", 1, 3 * 8)
         yield self.line("all", "all_reduce", "gradient norm", 1, 8)
 

@@ -21,10 +21,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from nano3.config import Config
-from nano3.data.loader import Batch
+from nano3.data.loader import Batch, Place, micro_batches
+from nano3.data.packing import PackedFile, Rows
+from nano3.data.row import PADDING
 from nano3.model.generate import generate
-from nano3.model.init import allocate, initialise, named_tensors
-from nano3.model.layout import axis_of, split_of
+from nano3.model.init import allocate, generator, initialise, named_tensors
+from nano3.model.layout import axis_of, split_of, whole_shapes
+from nano3.model.lora import adapted
+from nano3.model.model import Nano3
 from nano3.parallel.layout import check_layout
 from nano3.parallel.mesh import ALONE, Mesh, lay_out
 from nano3.train import checkpoint
@@ -83,6 +87,22 @@ def config_for(overrides: tuple[str, ...]) -> Config:
     return small(*MODEL, *overrides)
 
 
+def rows_from(path: str, config: Config) -> Rows:
+    """The rows of a file that packing wrote, as both splits."""
+    documents = PackedFile(Path(path), config.dataset.seq_length, config.model.vocab_size)
+    return Rows({"train": documents, "valid": documents}, config.dataset.seq_length, seed=3)
+
+
+def one_by_one(rows: Rows, split: str, samples: range) -> list[Batch]:
+    """Each document of the rows as a micro-batch of its own: nothing packed, nothing padded."""
+    out = []
+    for row in (rows.row(split, i) for i in samples):
+        for number in range(int(row.seq_idx[row.seq_idx != PADDING].max()) + 1):
+            here = torch.from_numpy(row.seq_idx == number)
+            out.append(Batch(*(torch.from_numpy(t)[here][None] for t in (row.tokens, row.labels))))
+    return out
+
+
 def batches_of(config: Config, step: int, packed: bool, dp_rank: int, dp_size: int) -> list[Batch]:
     """This rank's micro-batches of random tokens; some are masked, and packed rows have boundaries of their own and
     padding at their end."""
@@ -104,25 +124,54 @@ def batches_of(config: Config, step: int, packed: bool, dp_rank: int, dp_size: i
 @dataclass(frozen=True)
 class Case:
     """packed: rows of several documents.  starve: a selection bias keeps one expert from ever being chosen.
+    data: a file of packed samples, which the one process sees one by one.
     save: write a checkpoint here after the second step; load: start from that one instead."""
 
     overrides: tuple[str, ...]
     ranks: int
     packed: bool = False
     starve: bool = False
+    data: str | None = None
     save: str | None = None
     load: str | None = None
+
+
+@torch.no_grad()
+def wake_adapters(model: Nano3) -> None:
+    """Give B something other than zero, so that the first step has every gradient."""
+    shapes = whole_shapes(model.config, model.peft)
+    for name, tensor in model.named_parameters():
+        if adapted(name) is not None and name.endswith(".B"):
+            whole = torch.randn(shapes[name], generator=generator(6, name), dtype=tensor.dtype) / 4
+            split = split_of(name, model.config, model.mesh.tp.size)
+            tensor.copy_(whole if split is None else split.take(whole, axis_of(split, model.mesh)))
 
 
 def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
     """STEPS optimizer steps in float64, an evaluation, and some greedy tokens."""
     parts = rank_parts(config, mesh.pp.rank)
-    model = allocate(build(config.model, config.recompute, mesh, parts), CPU, torch.float64)
+    model = allocate(build(config.model, config.recompute, mesh, parts, config.peft), CPU, torch.float64)
     initialise(model, config.model, seed=5)
+    wake_adapters(model)
     if case.starve:
         for router in model.routers.values():
             router.e_score_correction_bias[1] = -10.0
     optimizer = AdamW(model, config.optimizer)
+    batch, place = config.train.global_batch_size, None
+    if case.data is not None:
+        data, place = (
+            rows_from(case.data, config),
+            Place(batch, config.micro_batch(mesh.dp.size), mesh.dp.rank, mesh.dp.size),
+        )
+
+    def batches(step: int, split: str) -> list[Batch]:
+        if place is None:
+            return batches_of(config, step, case.packed, mesh.dp.rank, mesh.dp.size)
+        first = step * batch
+        if mesh.world == 1:
+            return one_by_one(data, split, range(first, first + batch))
+        return micro_batches(data, split, first, place)
+
     out = Result([], [], [], [], {}, 0.0, [])
     collect = optimizer.reduced_gradients
 
@@ -134,7 +183,7 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
     optimizer.reduced_gradients = spy
     first = checkpoint.load(case.load, "test", model, optimizer).iteration if case.load else 0
     for step in range(first, STEPS):
-        rows = batches_of(config, step, case.packed, mesh.dp.rank, mesh.dp.size)
+        rows = batches(step, "train")
         report = training_step(model, optimizer, rows, config, mesh, config.optimizer.lr, False)
         out.losses.append(report.loss)
         out.balance.append(report.aux)
@@ -143,7 +192,7 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
             saver = checkpoint.Saver(Path(case.save), config, mesh)
             saver.save(model, optimizer, Progress(2, 0, 0))
             saver.wait()
-    held_out = batches_of(config, 100, case.packed, mesh.dp.rank, mesh.dp.size)
+    held_out = batches(100, "valid")
     out.evaluation = evaluate(model, [held_out], config)
     optimizer.finish_gather()
     out.tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
@@ -174,9 +223,12 @@ def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[s
         "evaluation": far([mine.evaluation], [truth.evaluation]),
         "text": float(mine.text != truth.text),
         "gradients": max(
-            distance(n, g, optimizer.shard(n, share(n, theirs[n])), theirs[n])
-            for ours, theirs in zip(mine.gradients, truth.gradients[-steps:], strict=True)
-            for n, g in ours.items()
+            (
+                distance(n, g, optimizer.shard(n, share(n, theirs[n])), theirs[n])
+                for ours, theirs in zip(mine.gradients, truth.gradients[-steps:], strict=True)
+                for n, g in ours.items()
+            ),
+            default=0.0,  # a stage with nothing but frozen tensors
         ),
         "tensors": max(distance(n, t, share(n, truth.tensors[n]), truth.tensors[n]) for n, t in mine.tensors.items()),
     }
@@ -242,7 +294,7 @@ class Pool:
     def truth(self, case: Case) -> str:
         """The file with what the same run gives in one process, which is the same for all layouts of a model."""
         alone = tuple(o for o in case.overrides if not o.startswith(("parallel.", "train.")))
-        key = Case(alone, 1, case.packed, case.starve)
+        key = Case(alone, 1, case.packed, case.starve, case.data)
         if key not in self.truths:
             result, _ = train(key, config_for(alone), ALONE)
             path = Path(self.folder.name) / str(len(self.truths))

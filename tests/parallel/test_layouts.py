@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from nano3.data.packing import Packed, write_packed
+from nano3.data.supervised import Reader, SupervisedOptions, Tally, collect
+from nano3.data.tokenizer import load_tokenizer
+from tests.data.chat_cases import CASES, NEMOTRON, trained_tokenizer
 from tests.parallel.layouts import Case, Pool
 
 # float64 sums in another order differ by about 1e-15 each; three Adam steps divide by square roots of gradients that
@@ -78,9 +82,74 @@ def test_packed_rows_keep_their_boundaries(pool: Pool, layout: str) -> None:
     check(pool, case(8, layout, packed=True))
 
 
+@pytest.fixture(scope="module")
+def packed_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Questions and conversations, read as a user's files would be and packed into rows of 128 tokens."""
+    folder = tmp_path_factory.mktemp("packed")
+    trained_tokenizer(NEMOTRON).save_pretrained(folder)
+    reader = Reader(load_tokenizer(str(folder), 512), 128, SupervisedOptions())
+    squad = [
+        {"context": f"It is {what} here. ", "question": "How is it?", "answers": {"text": [f"{what} " * (n % 3 + 1)]}}
+        for n, what in enumerate(("wet", "cold", "warm", "dry") * 2)
+    ]
+    chat = [{"messages": m, "tools": tools} for m, tools, _ in CASES.values()]
+    paths = {}
+    for name, records in (("squad", squad), ("chat", chat)):
+        samples = collect(reader.read(((name, {k: v for k, v in r.items() if v}) for r in records), Tally()))
+        packed = Packed(samples, 128, seed=1)
+        assert len(packed) < len(samples) >= 6
+        paths[name] = str(folder / f"{name}.parquet")
+        write_packed(Path(paths[name]), packed, 128, "test")
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["squad", "chat"])
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, "tp=2"), (2, "pp=2"), (2, ""), (8, "tp=2 ep=4 pp=2"), (8, "ep=4 micro=1")]
+)
+def test_packed_samples_train_as_they_do_one_by_one(
+    pool: Pool, packed_files: dict[str, str], ranks: int, layout: str, kind: str
+) -> None:
+    """Loss, balance loss, every gradient, counts of experts (by the biases that they move), evaluation."""
+    more = ("dataset.seq_length=128", "model.vocab_size=512")
+    check(pool, case(ranks, layout, *more, data=packed_files[kind]))
+
+
 @pytest.mark.parametrize("layout", ["ep=8", "tp=2 ep=4 pp=2", "tp=4 ep=4"])
 def test_an_expert_without_a_token(pool: Pool, layout: str) -> None:
     check(pool, case(8, layout, starve=True))
+
+
+LORA = ("peft.scheme=lora", "peft.rank=4")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "more"),
+    [
+        (2, "tp=2", ()),
+        (4, "ep=4", ()),
+        (2, "pp=2", ()),
+        (2, "", ()),
+        (8, "tp=4 ep=2 pp=2", ()),
+        (4, "tp=2 ep=4", ("peft.experts=shared", "peft.rslora=true")),
+        (4, "pp=4", ("peft.target_modules=[q_proj]",)),  # three stages without a trained tensor
+        (4, "tp=2 ep=2", ("peft.target_modules=[up_proj]", "peft.freeze_router=false", "train.recompute=full")),
+    ],
+    ids=lambda v: str(v).replace(" ", "-") if isinstance(v, str) else None,
+)
+def test_adapters_are_the_same_in_every_layout(pool: Pool, ranks: int, layout: str, more: tuple[str, ...]) -> None:
+    check(pool, case(ranks, layout, *LORA, *more))
+
+
+def test_adapters_of_one_layout_go_on_in_another(pool: Pool, tmp_path: Path) -> None:
+    check(pool, case(4, "tp=2 ep=4", *LORA, save=str(tmp_path)))
+    check(pool, case(2, "pp=2", *LORA, load=str(tmp_path)))
+
+
+def test_full_training_leaves_frozen_tensors_alone(pool: Pool, tmp_path: Path) -> None:
+    freeze = ("peft.freeze=[embeddings.weight,layers.1.*,'*.in_proj.weight']", "peft.freeze_router=true")
+    check(pool, case(4, "tp=2 pp=2", *freeze, save=str(tmp_path)))
+    check(pool, case(2, "ep=2", *freeze, load=str(tmp_path)))
 
 
 @pytest.mark.parametrize("kinds", ["full", "[moe]", "[mamba,attention]"])

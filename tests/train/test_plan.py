@@ -20,7 +20,7 @@ from nano3.presets import PRESETS
 from nano3.train import memory as memory_module
 from nano3.train import plan
 from nano3.train.checkpoint import build
-from nano3.train.memory import activation_bytes, activations, memory_of, micro_batches, shares
+from nano3.train.memory import activation_bytes, activations, adapter_bytes, memory_of, micro_batches, shares
 from nano3.train.optim import AdamW
 from nano3.train.plan import check_fits, dry_run, memory, parameters, rank_parts, stage_spans, training_flops
 from tests.parallel.layouts import CPU, config_for
@@ -106,6 +106,7 @@ SHARED = [
     ("nano-30b-a3b", 64, "parallel.tp=8 parallel.ep=16 parallel.pp=4"),
     ("ladder-2b", 16, "parallel.tp=2 parallel.ep=8 parallel.pp=2 parallel.virtual_pp=2"),
     ("nano-4b", 8, "parallel.tp=4 parallel.pp=2 parallel.stages=[20,22]"),
+    ("nano-30b-a3b", 8, "parallel.tp=4 parallel.ep=4 parallel.pp=2 peft.scheme=lora"),
 ]
 
 
@@ -116,7 +117,7 @@ def test_shares_are_the_model_built_for_each_rank(name: str, ranks: int, text: s
     found = shares(config, layout, stage_spans(config), bf16=True)
     for rank in range(ranks):
         mesh = mirror_mesh(config, layout, rank)
-        model = build(config.model, config.recompute, mesh, rank_parts(config, mesh.pp.rank))
+        model = build(config.model, config.recompute, mesh, rank_parts(config, mesh.pp.rank), config.peft)
         share = found[mesh.pp.rank]
         assert {n: t.shape for n, t in share.tensors.items()} == {n: t.shape for n, t in named_tensors(model).items()}
         assert sum(share.parameters.values()) == sum(p.numel() for p in model.parameters())
@@ -128,6 +129,8 @@ REAL = [
     (6, "train.global_batch_size=6"),  # rows do not divide by 6: the last ranks own less
     (8, "parallel.tp=2 parallel.ep=4 train.precision=bf16"),
     (8, "parallel.ep=2 parallel.pp=2 train.precision=bf16 parallel.grad_reduce_in_fp32=false"),
+    (4, "parallel.tp=2 parallel.ep=4 train.precision=bf16 peft.scheme=lora peft.rank=8 peft.freeze_router=false"),
+    (2, "parallel.ep=2 peft.scheme=lora peft.rank=8 peft.experts=shared"),
 ]
 
 
@@ -141,7 +144,7 @@ def test_bytes_are_those_of_the_optimizer(monkeypatch: pytest.MonkeyPatch, ranks
     fullest: dict[int, int] = {}
     for rank in range(ranks):
         mesh = mirror_mesh(config, layout, rank)
-        model = build(config.model, config.recompute, mesh, rank_parts(config, mesh.pp.rank))
+        model = build(config.model, config.recompute, mesh, rank_parts(config, mesh.pp.rank), config.peft)
         initialise(allocate(model, CPU, torch.bfloat16 if bf16 else torch.float32), config.model, seed=5)
         optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
         with monkeypatch.context() as patch:
@@ -182,7 +185,13 @@ def kept_for_backward(compute: Callable[[], object], own: list[Tensor]) -> int:
 @pytest.mark.parametrize("letter", KINDS)
 @pytest.mark.parametrize(
     ("ranks", "text"),
-    [(1, ""), (2, "parallel.tp=2"), (4, "parallel.tp=2 parallel.ep=4"), (2, "parallel.ep=2")],
+    [
+        (1, ""),
+        (2, "parallel.tp=2"),
+        (4, "parallel.tp=2 parallel.ep=4"),
+        (2, "parallel.ep=2"),
+        (1, "peft.scheme=lora"),
+    ],
     ids=lambda v: str(v).replace(" ", "-"),
 )
 def test_activations_are_what_autograd_saves(
@@ -193,7 +202,7 @@ def test_activations_are_what_autograd_saves(
     config = config_for([*text.split(), *shape, "model.mamba_head_dim=16", "model.ssm_state_size=16"])
     layout, layer = check_layout(config, ranks), config.model.hybrid_override_pattern.index(letter)
     mesh = mirror_mesh(config, layout, 0)
-    model = build(config.model, frozenset(), mesh)
+    model = build(config.model, frozenset(), mesh, None, config.peft)
     initialise(allocate(model, CPU, torch.float32), config.model, seed=5)
     block = model.layers[str(layer)]
     x = torch.randn(1, 96 // layout.tp, 64, requires_grad=True)
@@ -203,7 +212,11 @@ def test_activations_are_what_autograd_saves(
         arrived = sum(mirror.rows) / len(mirror.rows) * layout.ep / (layout.ep - 1) * layout.tp / 96
         monkeypatch.setattr(memory_module, "rows_per_token", lambda *_: arrived)
     planned = activation_bytes(config.model, letter, 96, layout.tp, layout.ep, 4, gpu=INTERPRET)
-    assert planned * 96 == pytest.approx(measured, rel=0.03)
+    planned += adapter_bytes(config, letter, layout.tp, 4, gpu=INTERPRET)
+    if config.peft.adapts:  # frozen weights let go of what only their gradients need; the plan does not count on it
+        assert 0.6 * planned * 96 < measured <= planned * 96
+    else:
+        assert planned * 96 == pytest.approx(measured, rel=0.03)
 
 
 def test_the_kernels_keep_what_the_plan_says(monkeypatch: pytest.MonkeyPatch, run_script) -> None:
