@@ -70,8 +70,13 @@ class Experts(nn.Module):
         self.backend = backend
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, counts_E: Tensor, rows: int) -> Tensor:
-        """The id E stands for a choice that is computed elsewhere; `rows` choices are computed here."""
-        return experts(x_TD, weights_TK, experts_TK, counts_E, self.up_proj, self.down_proj, self.backend, rows=rows)
+        """The id E stands for a choice that is computed elsewhere; `rows` choices are computed here.
+
+        In training the weights have a sink, which takes their gradients past autograd (`Gradients`).
+        """
+        weights = self.up_proj, self.down_proj
+        sinks = dict(zip(("up_grad", "down_grad"), (getattr(w, "sink", None) for w in weights), strict=True))
+        return experts(x_TD, weights_TK, experts_TK, counts_E, *weights, self.backend, rows=rows, **sinks)
 
 
 class MoE(nn.Module):

@@ -82,6 +82,14 @@ class Bucket:
     def _new(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(self.axis.size, self.width, dtype=dtype, device=self.members[0].parameter.device)
 
+    def open(self, member: Member) -> tuple[Tensor, bool]:
+        """The sums of the bucket's only tensor, shaped like it, and whether they hold anything yet."""
+        holds, p = self.total is not None, member.parameter
+        if not holds:
+            make = torch.empty if p.numel() == self.axis.size * self.width else torch.zeros  # padding has to be zero
+            self.total = make(self.axis.size, self.width, dtype=self.dtype, device=p.device)
+        return self.total.view(-1)[: p.numel()].view_as(p), holds
+
     @torch.no_grad()
     def accumulate(self, member: Member, gradient: Tensor) -> None:
         if self.total is None:
@@ -125,24 +133,31 @@ class Bucket:
         self.gathered = self.work = None
 
 
+def is_direct(name: str) -> bool:
+    """Whether a weight's gradient is added to its bucket by the product that computes it: those of routed experts."""
+    return name.endswith((".experts.up_proj", ".experts.down_proj"))
+
+
 def make_buckets(
     parameters: dict[str, Tensor], axis_of: Callable[[str], Axis], wire: torch.dtype | None, size: int = 1 << 24
 ) -> list[Bucket]:
     """Buckets of about `size` elements in the order in which a backward pass completes them: the last layers first.
 
-    A tensor of that size has a bucket of its own, whose rows are then the tensor's.  wire: dtype of the messages, None
-    for that of the sums, which is fp32 for narrower parameters.
+    A tensor of that size has a bucket of its own, whose rows are then the tensor's; so has one that is added to it
+    directly.  wire: dtype of the messages, None for that of the sums, which is fp32 for narrower parameters.
     """
     out: list[Bucket] = []
     open_buckets: dict[object, Bucket] = {}
     for name, p in reversed(parameters.items()):
         axis = axis_of(name)
         key = (axis.ranks, p.dtype)
-        bucket = open_buckets.get(key)
+        bucket = None if is_direct(name) else open_buckets.get(key)
         if bucket is None or bucket.width * axis.size + p.numel() > size:
             sums = torch.promote_types(p.dtype, torch.float32)
             narrow = wire is not None and p.dtype == wire
-            bucket = open_buckets[key] = Bucket(axis, sums, wire if narrow else sums)
+            bucket = Bucket(axis, sums, wire if narrow else sums)
             out.append(bucket)
+            if not is_direct(name):
+                open_buckets[key] = bucket
         bucket.add(name, p)
     return out

@@ -1,8 +1,7 @@
 """AdamW with fp32 master weights, sharded over the ranks that hold the same tensors.
 
 A rank keeps masters and moments for its rows of each tensor only (`nano3/parallel/data.py`); with one rank these are
-all rows.  Parameters kept in fp32 (or float64) are their own masters.  Gradients of bf16 parameters are added up in
-fp32: each micro-batch's is added as soon as autograd has it, and freed.
+all rows.  Parameters kept in fp32 (or float64) are their own masters.
 """
 
 from __future__ import annotations
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nano3.config import OptimizerConfig
-from nano3.model.layout import split_of
 from nano3.parallel.collectives import all_sum
-from nano3.parallel.data import Bucket, Member, make_buckets
-from nano3.parallel.mesh import Axis
+from nano3.train.gradients import Gradients
 
 
 def decays(parameter: Tensor) -> bool:
@@ -22,23 +19,15 @@ def decays(parameter: Tensor) -> bool:
     return parameter.ndim > 1
 
 
-class AdamW:
-    """model: a Nano3 with memory; its mesh says over which ranks a tensor's rows are spread.
-
-    A parameter that requires no gradient is frozen: nothing is kept for it, and no message carries it.
-    """
+class AdamW(Gradients):
+    """The gradients of a model, and what is done with them."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, reduce_in_fp32: bool = True) -> None:
-        self.config, self.mesh = config, model.mesh
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.splits = {n: split_of(n, model.config, self.mesh.tp.size) for n, _ in model.named_parameters()}
-        self.buckets = make_buckets(self.parameters, self.axis, None if reduce_in_fp32 else torch.bfloat16)
-        self.last_micro_batch = False  # set by the loop: gradients that come now are the last of the step
+        super().__init__(model, reduce_in_fp32)
+        self.config = config
         self.masters: dict[str, Tensor] = {}
-        self.members = {m.name: (b, m) for b in self.buckets for m in b.members}
         for name, p in self.parameters.items():
             self.masters[name] = self.shard(name, p.detach()).to(torch.promote_types(p.dtype, torch.float32))
-            p.register_post_accumulate_grad_hook(self._accumulate(*self.members[name]))
         held = {n: m for n, m in self.masters.items() if m.numel()}
         groups = [
             {
@@ -55,68 +44,6 @@ class AdamW:
             eps=config.adam_eps,
             fused=True,
         )
-        self._wait_before_use(model)
-
-    def axis(self, name: str) -> Axis:
-        """The ranks that hold the same part of a tensor."""
-        split = self.splits.get(name)  # buffers have none
-        return self.mesh.edp if split is not None and split.axis == "ep" else self.mesh.data
-
-    def _accumulate(self, bucket: Bucket, member: Member):
-        def hook(p: Tensor) -> None:
-            bucket.accumulate(member, p.grad)
-            p.grad = None
-            if self.last_micro_batch:
-                bucket.arrived.add(member.name)
-                self._reduce_complete()
-
-        return hook
-
-    def _reduce_complete(self) -> None:
-        """Send off the buckets that are complete, in the fixed order that all ranks share."""
-        for bucket in self.buckets:
-            if bucket.row is None:
-                if len(bucket.arrived) < len(bucket.members):
-                    return
-                bucket.reduce()
-
-    def _wait_before_use(self, model: nn.Module) -> None:
-        """Let each block wait for its own parameters; what the head needs arrives before the last norm."""
-        if self.mesh.world == 1:
-            return
-        users: dict[str, nn.Module] = {f"layers.{i}.": block for i, block in model.layers.items()}
-        if model.has_start:
-            users["embeddings."] = model.embeddings
-        if model.has_end:
-            users |= {"norm_f.": model.norm_f, "lm_head.": model.norm_f}
-        for prefix, module in users.items():
-            mine = [b for b in self.buckets if any(m.name.startswith(prefix) for m in b.members)]
-            if mine:  # not frozen
-                module.register_forward_pre_hook(lambda *_, mine=mine: [b.finish_gather() for b in mine] and None)
-
-    def finish_gather(self) -> None:
-        """Wait until all parameters are what the last step made them."""
-        for bucket in self.buckets:
-            bucket.finish_gather()
-
-    def reduced_gradients(self) -> dict[str, Tensor]:
-        """This rank's rows of every gradient, summed over all ranks that add to it; clears what was collected."""
-        for bucket in self.buckets:
-            if bucket.row is None:
-                bucket.reduce()
-        found = {name: g for bucket in self.buckets for name, g in bucket.finish_reduce().items()}
-        dense = {n: s for n in found if (s := self.splits[n]) is None or s.axis == "tp"}
-        # With the sequence split, a replicated tensor has seen this rank's tokens only; so has a KV head's copy.
-        _sum_together([found[n] for n, s in dense.items() if s is None], self.mesh.tp)
-        _sum_together([found[n] for n, s in dense.items() if s is not None and s.copies > 1], self.mesh.kv)
-        return {n: found[n] for n in self.parameters}
-
-    def _counted(self, name: str) -> bool:
-        """Whether this rank's copy is the one that the global norm counts."""
-        split = self.splits[name]
-        if split is None:
-            return self.mesh.tp.rank == 0
-        return split.copies == 1 or self.mesh.kv.rank == 0
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -179,24 +106,3 @@ class AdamW:
                     "exp_avg_sq": torch.zeros_like(master),
                 }
         return self.state()
-
-    def first_row(self, name: str) -> int:
-        """Where this rank's rows of a tensor begin."""
-        bucket, member = self.members[name]
-        return member.owned(bucket.axis.rank).start
-
-    def shard(self, name: str, tensor: Tensor) -> Tensor:
-        """This rank's rows of a tensor like the parameter of that name."""
-        bucket, member = self.members[name]
-        return tensor[member.owned(bucket.axis.rank)]
-
-
-def _sum_together(tensors: list[Tensor], axis: Axis) -> None:
-    """Replace each tensor by its sum over the axis, in one message per dtype."""
-    if axis.group is None:
-        return
-    for dtype in sorted({t.dtype for t in tensors}, key=str):
-        mine = [t for t in tensors if t.dtype == dtype]
-        total = all_sum(torch.cat([t.flatten() for t in mine]), axis.group)
-        for t, s in zip(mine, total.split([t.numel() for t in mine]), strict=True):
-            t.copy_(s.view_as(t))

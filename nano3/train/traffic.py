@@ -121,11 +121,10 @@ class _Step:
     def optimizer(self) -> Iterator[Line]:
         """data and edp: each bucket of gradients is reduce-scattered, and its updated rows are gathered back."""
         for axis, what in (("data", "dense"), ("edp", "experts'")):
-            mine = [b for b in self.share.buckets if (b.axis.ranks == self.axes["edp"].ranks) == (axis == "edp")]
-            if self.axes["data"].ranks == self.axes["edp"].ranks:  # then they share buckets
-                mine, what = (self.share.buckets if axis == "data" else []), "all"
             n = self.axes[axis].size
-            for b in mine:
+            for b in self.share.buckets:
+                if (b.axis is self.axes["edp"]) != (axis == "edp"):
+                    continue
                 gradient, weight = b.wire.itemsize, b.members[0].parameter.dtype.itemsize
                 last = "last backward"
                 yield self.line(axis, "reduce_scatter", f"{what} gradients", 1, n * b.width * gradient, last)

@@ -31,12 +31,24 @@ def test_rows_are_owned_once_and_keep_their_gradients(ranks: int) -> None:
             assert [r.shape[0] for r in rows] == [len(range(m.parameter.shape[0])[m.owned(r)]) for r in range(ranks)]
 
 
-def test_a_large_tensors_bucket_lies_like_the_tensor() -> None:
-    """So that a kernel may add a weight gradient straight into it."""
-    p = nn.Parameter(torch.randn(8, 4, dtype=torch.float64))
-    (bucket,) = make_buckets({"w": p}, lambda name: Axis(4, 0), None, size=16)
-    bucket.accumulate(bucket.members[0], p.detach())
-    assert torch.equal(bucket.total.view(8, 4), p)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_experts_weights_have_buckets_that_are_added_to_directly(ranks: int) -> None:
+    """Each alone, shaped like the tensor, meaning nothing before the first gradient; rows that no rank owns stay 0."""
+    shapes = {"0.experts.up_proj": (4, 3, 2), "0.gate.weight": (4, 2), "0.experts.down_proj": (4, 2, 3)}
+    weights = {n: nn.Parameter(torch.randn(s, dtype=torch.float64)) for n, s in shapes.items()}
+    buckets = make_buckets(weights, lambda name: Axis(ranks, 0), None)
+    assert [[m.name for m in b.members] for b in buckets] == [[n] for n in reversed(shapes)]
+    for bucket in buckets:
+        (member,) = bucket.members
+        sums, holds = bucket.open(member)
+        assert not holds
+        sums.copy_(member.parameter.detach())
+        sums, holds = bucket.open(member)
+        assert holds
+        sums += member.parameter.detach()
+        rows = [member.shard(bucket.total[r], r) for r in range(ranks)]
+        assert torch.equal(torch.cat(rows), 2 * member.parameter)
+        assert not bucket.total.view(-1)[member.parameter.numel() :].any()
 
 
 def test_narrow_parameters_are_summed_in_fp32_and_travel_as_asked() -> None:

@@ -28,7 +28,7 @@ def test_five_steps_equal_autograd_and_torchs_adamw_on_transformers_model(tmp_pa
     theirs = hf_model(config.model)
     g = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
+        for p in theirs.parameters():
             if p.ndim > 1:
                 p.copy_(0.1 * torch.randn(p.shape, generator=g))
     theirs.save_pretrained(tmp_path)

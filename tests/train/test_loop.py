@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from nano3.config import KINDS, UserError
 from nano3.data.loader import Batch, Place, micro_batches
+from nano3.model.init import named_tensors
 from nano3.model.moe import sequence_balance_loss
 from nano3.train import checkpoint
 from nano3.train.step import TrainingError, training_step
@@ -36,15 +38,25 @@ def gradients_of_a_step(t, rows) -> dict[str, torch.Tensor]:
     return kept
 
 
+def model_alone(t):
+    """The same numbers in a model without an optimizer, which takes gradients out of autograd's hands."""
+    model = checkpoint.build(t.config.model)
+    for name, tensor in named_tensors(t.model).items():
+        *path, leaf = name.split(".")
+        own = tensor.detach().clone()
+        setattr(model.get_submodule(".".join(path)), leaf, nn.Parameter(own) if tensor.requires_grad else own)
+    return model.train()
+
+
 def test_gradient_of_a_step_is_the_plain_formula() -> None:
     """Mean token loss plus the coefficient times the mean balance loss of each layer, by autograd on whole logits."""
     t = trainer("model.moe_aux_loss_coeff=0.5", "train.micro_batch_size=4", "model.hybrid_override_pattern=MEE*")
     (x, y, *_), *_ = rows = batches(t)
-    t.model.train()
-    out = t.model(x)
-    loss = F.cross_entropy(t.model.logits(out.hidden).flatten(0, 1), y.flatten())
+    model = model_alone(t)
+    out = model(x)
+    loss = F.cross_entropy(model.logits(out.hidden).flatten(0, 1), y.flatten())
     loss = loss + 0.5 * sum(b.aux_B.mean() for b in out.balance)
-    truth = dict(zip(dict(t.model.named_parameters()), torch.autograd.grad(loss, [*t.model.parameters()]), strict=True))
+    truth = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, [*model.parameters()]), strict=True))
     for n, g in gradients_of_a_step(t, rows).items():
         assert torch.allclose(g, truth[n], rtol=1e-4, atol=1e-7), n
 
@@ -63,8 +75,9 @@ def test_masked_tokens_have_no_loss_and_do_not_count() -> None:
     (x, y, *_), *_ = batches(t)
     y[:, ::3] = -100
     y[1] = -100
-    logits = t.model.train().logits(t.model(x).hidden).flatten(0, 1)
-    truth = torch.autograd.grad(F.cross_entropy(logits, y.flatten()), [*t.model.parameters()])  # mean over the unmasked
+    model = model_alone(t)
+    logits = model.logits(model(x).hidden).flatten(0, 1)
+    truth = torch.autograd.grad(F.cross_entropy(logits, y.flatten()), [*model.parameters()])  # mean over the unmasked
     for (n, g), expected in zip(gradients_of_a_step(t, [Batch(x, y)]).items(), truth, strict=True):
         assert torch.allclose(g, expected, rtol=1e-4, atol=1e-7), n
 
