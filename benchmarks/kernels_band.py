@@ -1,4 +1,4 @@
-"""RMSNorm, residual add + RMSNorm, gated RMSNorm and convolution + SiLU: ours, the best peer, the floor.
+"""RMSNorm, residual add + RMSNorm, gated RMSNorm, squared ReLU and convolution + SiLU: ours, the best peer, the floor.
 
 PYTHONPATH=. python -m benchmarks.kernels_band            T = 8192 and 32768 at Nano's shapes
 PYTHONPATH=. python -m benchmarks.kernels_band --check    only correctness against float64, one line per case
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Case, accuracy, copy_bandwidth, gpu_ms, mamba, print_json, print_table, run_cases
-from kernels import conv1d, gated_norm, rms_norm
+from kernels import conv1d, gated_norm, relu2, rms_norm
 from kernels._bandwidth import Launch
 
 DEVICE = "cuda"
-D, INNER, CONV, HEADS, GROUPS, EPS = 2688, 4096, 6144, 64, 8, 1e-5
+D, INNER, CONV, SHARED, HEADS, GROUPS, EPS = 2688, 4096, 6144, 3712, 64, 8, 1e-5
 PROJECTED = INNER + CONV + HEADS  # z | x B C | dt: what z and the convolution's input are slices of
 
 
@@ -96,6 +96,21 @@ def norm_problem(T: int, dtype: torch.dtype, width: int = D) -> Problem:
         lambda x, w: rms_norm.rms_norm(x, w, EPS),
         lambda x, w: rms_norm.rms_norm_reference(x, w, EPS),
         peers,
+        T * width,
+        (2, 3),
+        "90 % at T=32768",
+    )
+
+
+def relu2_problem(T: int, dtype: torch.dtype, width: int = SHARED) -> Problem:
+    return Problem(
+        "relu2",
+        f"T={T} F={width}",
+        [randn(T, width, dtype=dtype)],
+        [randn(T, width, dtype=dtype)],
+        relu2.relu2,
+        relu2.relu2_reference,
+        {"eager": relu2.relu2_reference, "compiled": compiled_relu2},
         T * width,
         (2, 3),
         "90 % at T=32768",
@@ -189,12 +204,13 @@ def conv_problem(
 compiled_norm = torch.compile(rms_norm.rms_norm_reference, dynamic=False)
 compiled_add_norm = torch.compile(rms_norm.add_rms_norm_reference, dynamic=False)
 compiled_gated_norm = torch.compile(gated_norm.gated_rms_norm_reference, dynamic=False)
+compiled_relu2 = torch.compile(relu2.relu2_reference, dynamic=False)
 compiled_conv = torch.compile(conv1d.causal_conv1d_reference, dynamic=False)
 
 
 def problems(T: int, only: str = "") -> Iterator[Problem]:
     """The operators at Nano's shapes, one at a time; `only` those whose function is named so."""
-    for make in (norm_problem, add_norm_problem, gated_problem, conv_problem):
+    for make in (norm_problem, add_norm_problem, gated_problem, relu2_problem, conv_problem):
         if make.__name__.startswith(only):
             yield make(T, torch.bfloat16)
     if "conv_problem".startswith(only):
@@ -222,7 +238,10 @@ def check() -> bool:
     right = True
     lengths = (1, 63, 127, 129, 4097)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        made = [(make, {"T": T}) for make, T in product((norm_problem, add_norm_problem, gated_problem), lengths)]
+        made = [
+            (make, {"T": T})
+            for make, T in product((norm_problem, add_norm_problem, gated_problem, relu2_problem), lengths)
+        ]
         made += [
             (make, {"T": 129, "width": w}) for make, w in product((norm_problem, add_norm_problem), (64, 1000, 8192))
         ]

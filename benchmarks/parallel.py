@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kernels._common import leave_free
 from nano3.cli import parser, resolve
 from nano3.config import Config
 from nano3.data.loader import Batch
@@ -100,6 +101,7 @@ def worker(args: argparse.Namespace) -> None:
     count_bytes(sent)
     config = config_of(args, args.worker)
     mesh = create_mesh(config, world, rank, local)
+    leave_free(config.parallel.communication_sms if world > 1 else 0)
     cuda = mesh.device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32

@@ -31,6 +31,7 @@ class KernelsConfig:
     conv1d: str = "auto"
     gated_norm: str = "auto"
     rms_norm: str = "auto"
+    relu2: str = "auto"
     routing: str = "auto"
     experts: str = "auto"
     attention: str = "auto"

@@ -27,7 +27,7 @@ MIXERS = {
     "M": Mamba,
     "E": MoE,
     "*": Attention,
-    "-": lambda c, mesh: MLP(c.hidden_size, c.intermediate_size, mesh),
+    "-": lambda c, mesh: MLP(c.hidden_size, c.intermediate_size, mesh, c.kernels.relu2),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.grouped_gemm import experts
+from kernels.relu2 import relu2
 from kernels.routing import Routes, expert_counts, route
 from nano3.config import ModelConfig
 from nano3.model.cache import Rows
@@ -32,14 +33,14 @@ class Balance(NamedTuple):
 class MLP(nn.Module):
     """down relu(up x)^2, without a gate.  Each tp rank has hidden / tp of the hidden units."""
 
-    def __init__(self, width: int, hidden: int, mesh: Mesh = ALONE) -> None:
+    def __init__(self, width: int, hidden: int, mesh: Mesh = ALONE, backend: str = "auto") -> None:
         super().__init__()
-        self.tp = mesh.tp
+        self.tp, self.backend = mesh.tp, backend
         self.up_proj = nn.Linear(width, hidden // self.tp.size, bias=False)
         self.down_proj = nn.Linear(hidden // self.tp.size, width, bias=False)
 
     def hidden(self, u: Tensor) -> Tensor:
-        return self.up_proj(u).relu().square()
+        return relu2(self.up_proj(u), self.backend)
 
     def forward(self, u: Tensor, rows: Rows, cache: None, whole: bool) -> Tensor:  # (..., D) -> (..., D)
         return leave(self.down_proj(self.hidden(enter(u, self.tp, whole))), self.tp, whole)
@@ -90,7 +91,7 @@ class MoE(nn.Module):
         self.gate = Router(c)
         mine = c.n_routed_experts // self.ep.size
         self.experts = Experts(mine, c.hidden_size, c.moe_intermediate_size, c.kernels.experts)
-        self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size, mesh)
+        self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size, mesh, c.kernels.relu2)
 
     def forward(
         self, u: Tensor, rows: Rows, cache: None, whole: bool

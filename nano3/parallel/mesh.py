@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from kernels._common import leave_free
 from nano3.config import Config, UserError
 from nano3.parallel.layout import AXES, Layout, check_layout, kv_copies
 
@@ -88,7 +87,6 @@ def create_mesh(config: Config, world: int, rank: int, local_rank: int) -> Mesh:
         torch.cuda.set_device(device)
     if world > 1 and device.type == "cuda" and config.parallel.communication_sms:
         os.environ.setdefault("NCCL_MAX_CTAS", str(config.parallel.communication_sms))
-        leave_free(config.parallel.communication_sms)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     return lay_out(config, layout, rank, device)

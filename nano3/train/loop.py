@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kernels._common import INTERPRET, triton
+from kernels._common import INTERPRET, leave_free, triton
 from nano3 import adapters
 from nano3.cli import difference, to_yaml
 from nano3.config import Config, UserError
@@ -38,6 +38,7 @@ class Trainer:
     def __init__(self, config: Config, name: str, mesh: Mesh) -> None:
         self.config, self.name, self.mesh = config, name, mesh
         check_kernels(config, mesh.device)
+        leave_free(config.parallel.communication_sms if mesh.world > 1 else 0)
         micro = config.micro_batch(mesh.dp.size)
         self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
         if config.tokenizer.tokenizer_model == "auto" and is_supervised(config):

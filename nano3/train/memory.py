@@ -212,8 +212,8 @@ def activation_bytes(c: ModelConfig, letter: str, seq_length: int, tp: int, ep: 
         kept = {
             "M": inner + conv + H + conv + 2 * inner,  # z x B C dt; after the convolution; before and after the norm
             "*": 2 * heads + 2 * kv + Hq * 4 / e,  # q and result, k and v, log sum exp in fp32
-            "E": own + 2 * shared + hidden + arrived * D + routing / e,
-            "-": 2 * dense,  # relu and its square
+            "E": own + shared + hidden + arrived * D + routing / e,
+            "-": dense,  # relu squared
         }
         return e * (D / tp + D + kept[letter])
     L = min(c.chunk_size, seq_length)
@@ -222,6 +222,6 @@ def activation_bytes(c: ModelConfig, letter: str, seq_length: int, tp: int, ep: 
         "M": 9 * inner + 4 * conv + states + H * (6 + 2 * N + 2 * L) + GN * (2 + L / N),
         "*": 4 * heads + Hq,  # k and v repeated for every query head
         "E": own + 2 * shared + 3 * hidden + K * D / tp + (routing + 8 * K / tp) / 4,
-        "-": 2 * dense,
+        "-": 2 * dense,  # relu and its square
     }
     return 4 * (2 * D / tp + D + kept[letter])
