@@ -136,19 +136,23 @@ def _measure(compiled: object, log: str, built: Built) -> None:
 
 
 @contextlib.contextmanager
-def compiling(case: str, arch: int, dtype: str) -> Iterator[list[Built]]:
+def compiling(case: str, arch: int, dtype: str, once: bool = False) -> Iterator[list[Built]]:
     """Inside, tensors on "cuda" are pretended and a kernel launch compiles for `arch`; yields what was built so far.
 
-    A kernel that fails is an entry with an error, and the code around it goes on.
+    once: a kernel is built the first time it is launched, and not again for other constants.  A kernel that fails is an
+    entry with an error, and the code around it goes on.
     """
     found: list[Built] = []
     seen: set[int] = set()
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
+        kernel = f"{self.fn.__module__}.{self.fn.__name__}"
+        if once and any(b.kernel == kernel for b in found):
+            return
         names = dict(zip(self.arg_names, args, strict=False)) | kwargs
         constants = {k: v for k, v in names.items() if k.isupper() and isinstance(v, bool | int | float | str)}
-        built = Built(case, arch, dtype, f"{self.fn.__module__}.{self.fn.__name__}", constants)
+        built = Built(case, arch, dtype, kernel, constants)
         log, start = io.StringIO(), time.perf_counter()
         try:
             with contextlib.redirect_stdout(log):
@@ -182,18 +186,19 @@ def compiling(case: str, arch: int, dtype: str) -> Iterator[list[Built]]:
 
 @dataclass(frozen=True)
 class Job:
-    """One call for one architecture and dtype; `call` takes the dtype of its tensors."""
+    """One call for one architecture and dtype; `call` takes the dtype of its tensors, `once` as for `compiling`."""
 
     case: str
     call: Callable[[torch.dtype], object]
     arch: int
     dtype: str
+    once: bool = False
 
     def run(self, out: Path) -> None:
         """Build, and leave the entries in `out` as lines of JSON."""
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as cache, mock.patch.object(triton.knobs.cache, "dir", cache):
-            with compiling(self.case, self.arch, self.dtype) as built:
+            with compiling(self.case, self.arch, self.dtype, self.once) as built:
                 try:
                     self.call(DTYPES[self.dtype])
                 except Exception as error:

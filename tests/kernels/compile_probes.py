@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.kernels.compile_only import Job
+from tests.kernels.compile_driver import Job
 
 
 @triton.jit
