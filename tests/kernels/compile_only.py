@@ -29,14 +29,17 @@ KNOWN_SPILLS = [
     ("kernels.grouped_gemm_rows._rows_kernel", {"BLOCK_N": 128, "EXTRA_N": 64}, 8),  # dH; none with Triton 3.6
     ("kernels.permute._place_kernel", {"E": 128}, 16),  # none with Triton 3.6
 ]
-MAY_SPILL = ("ssd_wide",)  # the largest state that the SSD kernels take: no Nemotron has it
 # Elsewhere a spill costs time only.  But 40 KB a thread were seen once, and that was a mistake in a tile.
 TOLERATED = 2048
+# The largest state that the SSD kernels take, which no Nemotron has: 128 x 256 in fp32 lives in memory.
+TOLERATED_WIDE = {"bf16": 2048, "fp32": 36 << 10}
 
 
 def spill_limit(b: Built) -> int:
     """Bytes that a thread of this kernel may spill."""
-    if (b.arch, b.dtype) != (90, "bf16") or b.case.startswith(MAY_SPILL):
+    if b.case == "ssd_wide":
+        return TOLERATED_WIDE[b.dtype]
+    if (b.arch, b.dtype) != (90, "bf16"):
         return TOLERATED
     return max((size for k, c, size in KNOWN_SPILLS if k == b.kernel and c.items() <= b.constants.items()), default=0)
 
@@ -86,7 +89,7 @@ def main() -> None:
         return
     print(*built, sep="\n")
     wrong = [f"{b}\n    {fault}" for b in built for fault in faults(b)]
-    if not options.cases:
+    if not options.cases and "bf16" in options.dtype:
         wrong += [f"sm_{a}: no case launches {kernel}" for a in options.arch for kernel in not_launched(built, a)]
     print(f"\n{len(built)} kernels built, {len(wrong)} faults", *wrong, sep="\n")
     sys.exit(bool(wrong))
