@@ -1,8 +1,8 @@
 """RMSNorm, residual add + RMSNorm, gated RMSNorm and convolution + SiLU: ours, the best peer, the floor.
 
 PYTHONPATH=. python -m benchmarks.kernels_band            T = 8192 and 32768 at Nano's shapes
-PYTHONPATH=. python -m benchmarks.kernels_band --check    only errors against float64, mamba-ssm's beside ours; status 1 if one is
-                                                          wrong or mamba-ssm's is nearer by more than 10 %
+PYTHONPATH=. python -m benchmarks.kernels_band --check    only errors against float64, mamba-ssm's beside ours; status
+                                                          1 if ours are wrong, or theirs nearer by more than 10 %
 PYTHONPATH=. python -m benchmarks.kernels_band --sweep    every launch configuration, fastest first
 """
 

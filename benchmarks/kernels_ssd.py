@@ -1,8 +1,8 @@
 """SSD at Nemotron 3 Nano's sizes: ours, mamba-ssm's Triton kernels where importable, eager PyTorch, and the floor.
 
 python -m benchmarks.kernels_ssd                     T = 8192 and 32768, bf16; ends with one line of JSON
-python -m benchmarks.kernels_ssd --check             errors against float64 only, mamba-ssm's beside ours; exit status 1 if
-                                                     ours is wrong or mamba-ssm's is nearer by more than 10 %
+python -m benchmarks.kernels_ssd --check             errors against float64 only, mamba-ssm's beside ours; status 1
+                                                     if ours are wrong, or theirs nearer by more than 10 %
 python -m benchmarks.kernels_ssd --profile           GPU time of each kernel, T = 8192
 """
 
