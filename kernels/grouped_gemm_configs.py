@@ -22,6 +22,7 @@ class Config(NamedTuple):
     copy: bool = False  # rows that would be gathered are copied into expert order first, and then read by TMA
     store: bool = False  # the result goes out by TMA, which runs beside the next tile's products
     split: int = 1  # 2: the epilogue takes the tile's columns in two halves, with half the registers and shared memory
+    # (4: in quarters, which only the weight gradients can)
 
 
 def _same(config: Config) -> dict[str, Config]:

@@ -71,6 +71,21 @@ def _store(
 
 
 @triton.jit
+def _store_half(
+    acc, out_ptr, out_desc, e, m0, n0, M: tl.constexpr, N: tl.constexpr, ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """_store of a half tile, in halves of its own if AGAIN."""
+    if AGAIN:
+        QUARTER: tl.constexpr = BLOCK_N // 2
+        first, second = halves(acc, BLOCK_M, BLOCK_N)
+        _store(first, out_ptr, out_desc, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, QUARTER)
+        _store(second, out_ptr, out_desc, e, m0, n0 + QUARTER, M, N, ACCUMULATE, BLOCK_M, QUARTER)
+    else:
+        _store(acc, out_ptr, out_desc, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
 def _weights_kernel(
     gathered_ptr, gathered_desc, fixed_ptr, fixed_desc, extra_desc, out_ptr, out_desc, order_ptr, offsets_ptr, stride,
     E: tl.constexpr, E_PAD: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
@@ -149,8 +164,8 @@ def _weights_kernel(
             else:
                 HALF: tl.constexpr = BLOCK_N // 2
                 first, second = halves(acc, BLOCK_M, BLOCK_N)
-                _store(first, out_ptr, out_desc, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, HALF)
-                _store(second, out_ptr, out_desc, e, m0, n0 + HALF, M, N, ACCUMULATE, BLOCK_M, HALF)
+                _store_half(first, out_ptr, out_desc, e, m0, n0, M, N, ACCUMULATE, BLOCK_M, HALF, SPLIT == 4)
+                _store_half(second, out_ptr, out_desc, e, m0, n0 + HALF, M, N, ACCUMULATE, BLOCK_M, HALF, SPLIT == 4)
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if EXTRA_N > 0:
                 _store(extra, out_ptr, None, e, m0, n0 + BLOCK_N, M, N, ACCUMULATE, BLOCK_M, EXTRA_N)
@@ -175,11 +190,12 @@ def weight_gradient(
     """
     E = tiles.offsets_E1.numel() - 1
     buffer, add = (None, False) if sink is None else sink.open()
-    if buffer is not None and gathered.element_size() == 2:
-        # The sum so far passes through shared memory in fp32, half a tile at a time, and through registers beside the
-        # accumulators: there is no room for extra columns, for a fourth stage of all-TMA loads or for a TMA store.
+    if buffer is not None:
+        # The sum so far passes through shared memory in fp32 and through registers beside the accumulators, so it comes
+        # in quarters of a tile.  There is no room for extra columns, for a fourth stage of all-TMA loads or for a TMA
+        # store.
         stages = min(c.stages, 3) if c.copy else c.stages
-        c = c._replace(extra_n=0, stages=stages, store=False, split=2)
+        c = c._replace(extra_n=0, stages=stages, store=False, split=4)
     M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
     out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
     desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)

@@ -2,6 +2,7 @@
 
     TRITON_INTERPRET=1 pytest tests/kernels        every kernel on the CPU, fp32, small shapes
     pytest tests/kernels                           with a GPU: the same compiled, and the cases marked `gpu`
+    python -m tests.kernels.compile_only --all     every kernel compiled, no GPU needed: what spills, what is refused
 
 Helpers are imported by name: `from tests.kernels.conftest import relative_error`.
 """
