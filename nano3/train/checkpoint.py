@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nano3 import hf
 from nano3.cli import to_yaml
 from nano3.config import Config, ModelConfig, UserError, merge
-from nano3.data.corpus import tokenizer_name
+from nano3.data.corpus import is_supervised, tokenizer_name
 from nano3.model.init import allocate, named_tensors
 from nano3.model.layout import Piece, pieces, split_of, whole_shapes
 from nano3.model.model import Nano3
@@ -254,6 +254,12 @@ def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW) -> Non
     folder, manifest = open_verified(path, setting, model.mesh)
     check_geometry(manifest, model, folder, setting)
     read(Container(folder, manifest), wanted(model, optimizer, manifest.tensors), model.mesh)
+
+
+def choose_tokenizer(config: Config, source: str | None) -> None:
+    """Let tokenizer.tokenizer_model=auto be that of the checkpoint `source`; the new checkpoint then says it too."""
+    if config.tokenizer.tokenizer_model == "auto" and is_supervised(config) and source is not None:
+        config.tokenizer.tokenizer_model = tokenizer_in(source) or "auto"
 
 
 def tokenizer_in(path: str) -> str | None:
