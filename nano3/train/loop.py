@@ -19,6 +19,7 @@ from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.row import IGNORE
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
+from nano3.model.lora import sites_of
 from nano3.parallel.mesh import LostContact, Mesh, lost_contact
 from nano3.train import checkpoint
 from nano3.train.checkpoint import Saver
@@ -275,6 +276,9 @@ class Trainer:
                 f"  python train.py --mode {self.config.mode} --preset {self.name} "
                 f"--config-file {folder / 'config.yaml'} checkpoint.load={self.save_to}"
             )
+        if self.recipe is not None:
+            base = "" if checkpoint.is_ours(self.recipe.base) else f"--hf-model-path {self.recipe.base} "
+            log.say(f"  python merge_lora.py {base}--lora-checkpoint {self.saver.last} --output {folder / 'merged'}")
         if is_supervised(self.config):
             prompt = '"Context: The sky is blue. Question: Which colour has the sky? Answer:"'
         else:
@@ -284,6 +288,11 @@ class Trainer:
 
 def check_kernels(config: Config, device: torch.device) -> None:
     """Raise UserError if a Triton kernel is asked for where none can run."""
+    if config.model.kernels.experts == "triton" and any(s.routed for s in sites_of(config.model, config.peft)):
+        raise UserError(
+            "model.kernels.experts=triton: adapters of routed experts run on PyTorch's grouped products in this "
+            "version; use model.kernels.experts=auto, or leave routed experts out with peft.experts=none"
+        )
     for name, backend in vars(config.model.kernels).items():
         if backend == "triton" and (device.type != "cuda" or triton is None) and not INTERPRET:
             raise UserError(
