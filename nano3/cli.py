@@ -269,7 +269,15 @@ def _check_data(config: Config) -> None:
     d, own = config.dataset, ["embedded", "mock"]
     if config.mode == "pretrain":
         _one_of("dataset.name", d.name, own)
-        for key in ("path", "subset", "columns", "packed_sequence", "chat_template", "chat_template_kwargs"):
+        for key in (
+            "path",
+            "subset",
+            "columns",
+            "packed_sequence",
+            "packed_path",
+            "chat_template",
+            "chat_template_kwargs",
+        ):
             if value := getattr(d, key):
                 raise UserError(f"dataset.{key}={value} is for supervised data: use --mode finetune, or drop it")
     elif d.path is not None and d.name in own:

@@ -305,6 +305,7 @@ class DatasetConfig:
     subset: str | None = None  # the configuration of a hub data set that has several
     columns: dict[str, str] = field(default_factory=dict)  # input, output or messages -> the column that holds it
     packed_sequence: bool = False  # several samples a row, or one and padding
+    packed_path: str | None = None  # a folder of rows that python -m nano3.data.pack made, in place of samples
     loss_mode: str = "assistant"  # what is learnt of conversations: assistant, last_turn or full
     chat_template: str | None = None  # a Jinja file; None: the tokenizer's own
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

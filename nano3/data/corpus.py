@@ -14,7 +14,7 @@ import numpy as np
 
 from nano3.config import Config, UserError
 from nano3.data.blend import has_blend, load_blend
-from nano3.data.packing import WINDOW, Packed, Rows
+from nano3.data.packing import WINDOW, Packed, PackedFile, Rows, packed_files
 from nano3.data.row import Dataset, Windows
 from nano3.data.supervised import SupervisedOptions, load_supervised
 from nano3.data.tiktoken_vocab import TiktokenOptions
@@ -107,12 +107,30 @@ def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
         raise UserError(
             "dataset.reset_attention_mask=false is for running text; supervised samples never see each other: drop it"
         )
-    about: list[str] = []
-    options = SupervisedOptions(**{f.name: getattr(d, f.name) for f in fields(SupervisedOptions)})
-    samples = load_supervised(tokenizer, d.seq_length, options, about.append, valid)
-    window = WINDOW if d.packed_sequence else 0
-    splits = {split: Packed(s, d.seq_length, window, d.seed) for split, s in samples.items()}
+    if d.packed_path is not None:
+        splits, about = read_packed(config, valid), []
+    else:
+        splits, about = pack_samples(config, tokenizer)
     return Rows(splits, d.seq_length, d.seed, tokenizer.eod, about)
+
+
+def pack_samples(config: Config, tokenizer: Tokenizer) -> tuple[dict[str, Packed], list[str]]:
+    """The rows of each split, with several samples or one in each, and lines about them for the log."""
+    d, about = config.dataset, []
+    options = SupervisedOptions(**{f.name: getattr(d, f.name) for f in fields(SupervisedOptions)})
+    samples = load_supervised(tokenizer, d.seq_length, options, about.append, config.validation.eval_iters > 0)
+    window = WINDOW if d.packed_sequence else 0
+    return {split: Packed(s, d.seq_length, window, d.seed) for split, s in samples.items()}, about
+
+
+def read_packed(config: Config, valid: bool) -> dict[str, PackedFile]:
+    """The rows in the folder dataset.packed_path, which `python -m nano3.data.pack` wrote."""
+    d = config.dataset
+    if d.path is not None:
+        raise UserError(f"dataset.path={d.path} and dataset.packed_path={d.packed_path}: give one of them")
+    files = packed_files(Path(d.packed_path))
+    wanted = ("train", "valid") if valid else ("train",)
+    return {split: PackedFile(files[split], d.seq_length, config.model.vocab_size) for split in wanted}
 
 
 def tokenizer_name(config: Config) -> str:

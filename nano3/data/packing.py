@@ -129,6 +129,11 @@ def efficiency(documents: Documents, size: int) -> float:
     return documents.tokens / max(1, len(documents) * size)
 
 
+def packed_files(folder: Path) -> dict[str, Path]:
+    """The file of each split in a folder of packed rows."""
+    return {"train": folder / "training.parquet", "valid": folder / "validation.parquet"}
+
+
 def write_packed(path: Path, documents: Documents, size: int, tokenizer: str) -> None:
     """Rows to a Parquet file, without their padding; complete or absent.
 
@@ -177,7 +182,7 @@ class PackedFile:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"dataset.packed_path={path} is no file of packed rows ({type(error).__name__}: {reason}); "
-                "write it again"
+                "write it again with python -m nano3.data.pack"
             ) from None
         if self.about["size"] > size:
             raise UserError(

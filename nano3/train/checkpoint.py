@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nano3 import hf
 from nano3.cli import to_yaml
 from nano3.config import Config, ModelConfig, PeftConfig, UserError, merge
-from nano3.data.corpus import tokenizer_name
+from nano3.data.corpus import is_supervised, tokenizer_name
 from nano3.model.init import allocate, named_tensors
 from nano3.model.layout import Piece, pieces, split_of, whole_shapes
 from nano3.model.lora import adapted, attach, kept
@@ -291,6 +291,12 @@ def refuse_adapters(folder: Path, setting: str) -> None:
             f"{setting}: {folder} holds adapters, not a model; give the model they were trained on, or make one of "
             f"both: python merge_lora.py --hf-model-path BASE --lora-checkpoint {folder} --output OUT"
         )
+
+
+def choose_tokenizer(config: Config, source: str | None) -> None:
+    """Let tokenizer.tokenizer_model=auto be that of the checkpoint `source`; the new checkpoint then says it too."""
+    if config.tokenizer.tokenizer_model == "auto" and is_supervised(config) and source is not None:
+        config.tokenizer.tokenizer_model = tokenizer_in(source) or "auto"
 
 
 def tokenizer_in(path: str) -> str | None:

@@ -41,10 +41,7 @@ class Trainer:
         check_kernels(config, mesh.device)
         micro = config.micro_batch(mesh.dp.size)
         self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
-        if config.tokenizer.tokenizer_model == "auto" and is_supervised(config):
-            source = self._resumable() or config.checkpoint.pretrained_checkpoint
-            if source is not None and (found := checkpoint.tokenizer_in(source)) is not None:
-                config.tokenizer.tokenizer_model = found  # so that the new checkpoint says it too
+        checkpoint.choose_tokenizer(config, self._resumable() or config.checkpoint.pretrained_checkpoint)
         self.tokenizer = open_tokenizer(config)
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
