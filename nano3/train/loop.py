@@ -19,7 +19,6 @@ from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.row import IGNORE
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
-from nano3.model.lora import sites_of
 from nano3.parallel.mesh import LostContact, Mesh, lost_contact
 from nano3.train import checkpoint
 from nano3.train.answers import is_squad, score
@@ -293,11 +292,6 @@ class Trainer:
 
 def check_kernels(config: Config, device: torch.device) -> None:
     """Raise UserError if a Triton kernel is asked for where none can run."""
-    if config.model.kernels.experts == "triton" and any(s.routed for s in sites_of(config.model, config.peft)):
-        raise UserError(
-            "model.kernels.experts=triton: adapters of routed experts run on PyTorch's grouped products in this "
-            "version; use model.kernels.experts=auto, or leave routed experts out with peft.experts=none"
-        )
     for name, backend in vars(config.model.kernels).items():
         if backend == "triton" and (device.type != "cuda" or triton is None) and not INTERPRET:
             raise UserError(

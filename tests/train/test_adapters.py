@@ -125,8 +125,3 @@ def test_a_recipe_that_is_damaged_is_refused(tmp_path: Path, key: str, value: in
     (tmp_path / "adapter.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"adapter\.json"):
         adapters.read_recipe(tmp_path, "test")
-
-
-def test_a_kernel_without_adapters_is_refused(base: str) -> None:
-    with pytest.raises(UserError, match=r"model.kernels.experts=triton: adapters of routed experts"):
-        trainer(base, *LORA, "model.kernels.experts=triton")
