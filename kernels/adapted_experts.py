@@ -6,8 +6,16 @@ Rows are in expert order as in `grouped_gemm.py`, so a thin product is a grouped
 expert, r columns.  An adapter that all experts share (A (r, in), B (out, r) without an expert axis) is two plain
 products; its A reads each token once, before the rows are gathered.
 
-Gradients come from autograd, which computes none for a frozen weight: what remains of the backward pass of a frozen
-base are the two products with its matrices that carry dy to x.
+In PyTorch gradients come from autograd, which computes none for a frozen weight: what remains of the backward pass of a
+frozen base are the two products with its matrices that carry dy to x.
+
+The kernels (model.kernels.experts=triton; not yet timed, so not the default) are those of the base: each of its four
+row products takes its thin summand into the accumulators, so the result is rounded where the base's is, equals it to
+the bit while B is zero, and nothing but x, hs and two tensors of r columns is kept.  With g and t for thin rows:
+
+    forward    hs = w relu(x up^T + (s x A^T) B^T)^2           y  = hs down^T + (s hs A'^T) B'^T
+    backward   dz = 2 w relu(z) (dy down + (s dy B') A')       dx = dz up + (s dz B) A
+    gradients  dB = dz^T (s x A^T)   dA = (s dz B)^T x         dB' = dy^T (s hs A'^T)   dA' = (s dy B')^T hs
 
 Suffixes: T tokens, K chosen, R rows (one for each choice that is computed here), D width, F expert hidden width, E
 experts, r rank.
@@ -17,8 +25,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import use_triton
-from kernels.grouped_gemm import _Combine, _Gather, _NoRows, experts, sort_by_expert
+from kernels._common import triton
+from kernels.grouped_gemm import (
+    _Combine,
+    _find_rows,
+    _Gather,
+    _NoRows,
+    _on_triton,
+    _readable,
+    experts,
+    sort_by_expert,
+)
+
+if triton is not None:
+    from kernels.grouped_gemm_configs import Config, choose_configs
+    from kernels.grouped_gemm_rows import (
+        LowRank,
+        down_rows,
+        down_rows_backward,
+        routing_weight_gradients,
+        thin_rows,
+        up_rows,
+        up_rows_backward,
+    )
+    from kernels.grouped_gemm_weights import weight_gradient
+    from kernels.permute import Tiles, plan_rows, sum_rows
 
 Pair = tuple[Tensor, Tensor]  # A (E, r, in) and B (E, out, r), or shared: A (r, in) and B (out, r)
 
@@ -68,6 +99,108 @@ def _adapted_linear(
     return y.add_(grouped_linear(thin, B, counts), alpha=scale)
 
 
+class _AdaptedExperts(torch.autograd.Function):
+    """The kernels on frozen experts.  A, B: of up, then of down; None without an adapter."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,  # (T, D)
+        weights: Tensor,  # (T, K)
+        up: Tensor,
+        down: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        A2: Tensor | None,
+        B2: Tensor | None,
+        scale: float,
+        order: Tensor,
+        place: Tensor,
+        tiles: "Tiles",
+    ) -> Tensor:
+        configs = choose_configs(x, up, down)
+        weights_R = weights.flatten().index_select(0, order)
+        x_rows, *where = _find_rows(x, order, place, configs["up"].copy)
+        thin = _thin(A, True, scale, x, x_rows, where, order, place, tiles, configs["up"])
+        hs = up_rows(x_rows, weights_R, up, tiles, *where, configs["up"], _low(thin, B, True))
+        del x_rows
+        thin2 = _thin(A2, True, scale, None, hs, [None, 0], order, place, tiles, configs["down"])
+        rows = down_rows(hs, down, tiles, configs["down"], _low(thin2, B2, True))
+        ctx.save_for_backward(x, weights, weights_R, up, down, A, B, A2, B2, order, place, hs, thin, thin2, *tiles[:3])
+        ctx.block, ctx.configs, ctx.scale = tiles.block, configs, scale
+        return sum_rows(rows, place)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, weights_R, up, down, A, B, A2, B2, order, place, hs, thin, thin2, *tables = ctx.saved_tensors
+        tiles, configs, scale = Tiles(*tables, ctx.block), ctx.configs, ctx.scale
+        need_x, need_weights = ctx.needs_input_grad[:2]
+        dA = dB = dA2 = dB2 = dx = None
+        dy_rows, *where = _find_rows(dy.contiguous(), order, place, configs["dH"].copy)
+        back2 = _thin(B2, False, scale, dy, dy_rows, where, order, place, tiles, configs["dH"])
+        if A2 is not None:
+            if A2.ndim == 2:
+                dA2, dB2 = back2.T @ hs, dy.T @ sum_rows(thin2, place)
+            else:
+                dA2 = _adapter_gradient(back2, hs, None, 0, False, tiles, configs["dup"])
+                dB2 = _adapter_gradient(thin2, dy_rows, *where, True, tiles, configs["dup"])
+        dz, part = down_rows_backward(
+            dy_rows, weights_R, hs, down, tiles, *where, configs["dH"], _low(back2, A2, False)
+        )
+        del dy_rows
+        dweights = routing_weight_gradients(part, weights, place, tiles) if need_weights else None
+        back = _thin(B, False, scale, None, dz, [None, 0], order, place, tiles, configs["dX"])
+        if A is not None:
+            if A.ndim == 2:
+                dA, dB = sum_rows(back, place).T @ x, dz.T @ thin
+            else:
+                x_rows, *where = _find_rows(x, order, place, configs["dup"].copy)
+                dA = _adapter_gradient(back, x_rows, *where, False, tiles, configs["dup"])
+                dB = _adapter_gradient(thin, dz, None, 0, True, tiles, configs["dup"])
+        if need_x:
+            dx = sum_rows(up_rows_backward(dz, up, tiles, configs["dX"], _low(back, A, False)), place)
+        return dx, dweights, None, None, dA, dB, dA2, dB2, *(None,) * 4
+
+
+def _low(thin: Tensor | None, matrix: Tensor | None, is_nk: bool) -> "LowRank | None":
+    return None if thin is None else LowRank(thin, matrix, is_nk)
+
+
+def _thin(
+    matrix: Tensor | None,
+    is_nk: bool,
+    scale: float,
+    tokens: Tensor | None,
+    rows: Tensor,
+    where: list,
+    order: Tensor,
+    place: Tensor,
+    tiles: "Tiles",
+    config: "Config",
+) -> Tensor | None:
+    """scale * rows matrix^T, (R, r) in expert order.  tokens: what the rows were gathered from, if they were; a matrix
+    that experts share reads each of these once."""
+    if matrix is None:
+        return None
+    if matrix.ndim == 3:
+        return thin_rows(rows, matrix, is_nk, tiles, *where, config).mul_(scale)
+    matrix = matrix.T if is_nk else matrix
+    if tokens is None:
+        return (rows @ matrix).mul_(scale)
+    return (tokens @ matrix).mul_(scale).index_select(0, order // place.shape[1])
+
+
+def _adapter_gradient(
+    thin: Tensor, wide: Tensor, order: Tensor | None, top_k: int, wide_first: bool, tiles: "Tiles", config: "Config"
+) -> Tensor:
+    """Per expert thin^T wide, (E, r, width), or with `wide_first` wide^T thin, (E, width, r)."""
+    narrow = max(16, triton.next_power_of_2(thin.shape[1]))
+    wide_block = min(config.block_m, config.block_n)
+    sizes = {"block_m": wide_block, "block_n": narrow} if wide_first else {"block_m": narrow, "block_n": wide_block}
+    c = config._replace(**sizes, extra_n=0, store=False, split=1, warps=4)
+    return weight_gradient(wide, thin, tiles, order, top_k, wide_first, c)
+
+
 def adapted_experts(
     x: Tensor,
     weights: Tensor,
@@ -89,6 +222,7 @@ def adapted_experts(
     (r, in), (out, r); scale: factor of B A; rows: how many choices are computed here, None: all -> (T, D).
 
     Differentiable in x, weights and every matrix that requires a gradient.  Off a GPU it reads `counts` on the host.
+    backend: "triton" has no gradient for up and down, which must be frozen; "auto" is "torch".
     Raises ValueError on an adapter that does not fit its weight, and as `experts` does.
     Source: LoRA, arXiv:2106.09685, eq. 3, for each expert.
     """
@@ -96,13 +230,19 @@ def adapted_experts(
         _check(pair, weight)
     if up_lora is None and down_lora is None:
         return experts(x, weights, experts_TK, counts, up, down, backend, rows=rows)
-    use_triton(x, backend)  # refuses what cannot be; the products are torch's either way
     E, R = up.shape[0], experts_TK.numel() if rows is None else rows
     if R == 0:
         adapters = [t for pair in (up_lora, down_lora) if pair is not None for t in pair]
         return _NoRows.apply(x, weights, up, down, *adapters)
     if not x.is_cuda and (real := int((experts_TK < E).sum())) != R:
         raise ValueError(f"rows={rows}, but {real} of {experts_TK.numel()} ids are below {E}; pass rows={real}")
+    if backend == "triton" and _on_triton(x, up, down, R, backend):
+        if up.requires_grad or down.requires_grad:
+            raise ValueError("backend='triton' adapts frozen experts only; freeze up and down, or use backend='torch'")
+        x, weights, up, down = _readable(x), weights.contiguous(), up.contiguous(), down.contiguous()
+        pairs = [t for pair in (up_lora or (None, None), down_lora or (None, None)) for t in pair]
+        plan = plan_rows(experts_TK, E, choose_configs(x, up, down)["up"].block_m, R)
+        return _AdaptedExperts.apply(x, weights, up, down, *pairs, scale, *plan)
     order, place = sort_by_expert(experts_TK, R)
     shared = up_lora is not None and up_lora[0].ndim == 2
     thin = _Gather.apply(F.linear(x, up_lora[0]), order, place) if shared else None

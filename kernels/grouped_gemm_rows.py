@@ -10,11 +10,16 @@ from memory once and then comes from L2 for the expert's other row tiles.  Gathe
 pointers; weights and rows in place come through tensor descriptors (TMA) where alignment allows, else by pointers too.
 Rows that were copied into expert order first (Config.copy) are rows in place.
 
+Any of them can have a summand of low rank (LoRA) added in its accumulators before the epilogue, thin (R, r) times a
+matrix of r rows per expert: one step of the loop more, and no further pass over the result.
+
 dH needs relu(z), which nothing saved: hs = w relu(z)^2 has it.  2 w relu(z) = 2 sign(w) sqrt(w hs), exact even at w = 0
 (where dz = 0), and the square root halves the relative error of a rounded hs.
 
 Suffixes: R rows in expert order, E experts, K and N the summed and the produced width of the product at hand.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,6 +31,14 @@ from kernels.grouped_gemm_ragged import describe_ragged, halves, load_ragged, st
 from kernels.permute import Tiles
 
 PLAIN, RELU2, DRELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+class LowRank(NamedTuple):
+    """A summand of a product: row r of thin times the matrix of its expert."""
+
+    thin: Tensor  # (R, r) in expert order, contiguous
+    matrix: Tensor  # (E, N, r) or (E, r, N), or for all experts the same one, (N, r) or (r, N); contiguous
+    is_nk: bool  # the first of each two
 
 
 @triton.jit
@@ -51,6 +64,25 @@ def _load_b(
         else:
             b = tl.load(b_ptr + (k + ks)[:, None] * N + cols[None, :], mask=mask, other=0.0)
     return b
+
+
+@triton.jit
+def _add_low_rank(
+    acc, thin_ptr, low_ptr, e, row0, end, n0,
+    N: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, LOW_IS_NK: tl.constexpr, SHARED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """acc + thin low for one accumulator."""
+    rows = row0 + tl.arange(0, BLOCK_M)
+    rs = tl.arange(0, RANK_PAD)
+    cols = n0 + tl.arange(0, BLOCK)
+    real = (rows < end)[:, None] & (rs < RANK)[None, :]
+    thin = tl.load(thin_ptr + rows.to(tl.int64)[:, None] * RANK + rs[None, :], mask=real, other=0.0)
+    if not SHARED:
+        low_ptr += e.to(tl.int64) * N * RANK
+    where = cols[None, :] * RANK + rs[:, None] if LOW_IS_NK else rs[:, None] * N + cols[None, :]
+    low = tl.load(low_ptr + where, mask=(rs < RANK)[:, None] & (cols < N)[None, :], other=0.0)
+    return tl.dot(thin, low, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -86,11 +118,12 @@ def _finish(
 @triton.jit
 def _rows_kernel(
     a_ptr, a_desc, b_ptr, b_desc, extra_desc, out_ptr, out_desc, order_ptr, w_ptr, hs_ptr, hs_desc, part_ptr,
-    offsets_ptr, start_ptr, tile_expert_ptr, R, a_stride,
+    thin_ptr, low_ptr, offsets_ptr, start_ptr, tile_expert_ptr, R, a_stride,
     E: tl.constexpr, K: tl.constexpr, N: tl.constexpr, TOP_K: tl.constexpr,
     GATHER: tl.constexpr, B_IS_NK: tl.constexpr, A_TMA: tl.constexpr, B_TMA: tl.constexpr,
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    RANK: tl.constexpr, RANK_PAD: tl.constexpr, LOW_IS_NK: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile.  a (R or T, K), b (E, N, K) or (E, K, N), out hs (R, N), w, order (R,).
 
@@ -130,6 +163,17 @@ def _rows_kernel(
             if EXTRA_N > 0:
                 b = _load_b(b_ptr, extra_desc, e, k, n0 + BLOCK_N, ks, K, N, B_IS_NK, B_TMA, EXTRA_N)
                 extra = tl.dot(a, b, extra, input_precision=PRECISION)
+
+        if RANK > 0:
+            acc = _add_low_rank(
+                acc, thin_ptr, low_ptr, e, row0, end, n0,
+                N, RANK, RANK_PAD, LOW_IS_NK, SHARED, PRECISION, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            if EXTRA_N > 0:
+                extra = _add_low_rank(
+                    extra, thin_ptr, low_ptr, e, row0, end, n0 + BLOCK_N,
+                    N, RANK, RANK_PAD, LOW_IS_NK, SHARED, PRECISION, BLOCK_M, EXTRA_N,
+                )  # fmt: skip
 
         rows = row0 + tl.arange(0, BLOCK_M)  # computed anew rather than kept in registers across the loop
         live = rows < end
@@ -187,6 +231,7 @@ def _multiply(
     epilogue: tl.constexpr,
     w: Tensor | None = None,
     hs: Tensor | None = None,
+    low: LowRank | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """out (R, N) and, for DRELU2, the parts of g . hs.  top_k: K where row r of the product is row order_r // K of a; 0
     where a has the R rows in place.
@@ -205,26 +250,47 @@ def _multiply(
         for width in (c.block_n, c.extra_n)
     )
     programs = min(resident_programs(a, c.per_sm), tiles.tile_expert.numel() * n_tiles)
+    rank = 0 if low is None else low.thin.shape[1]
+    thin, matrix = (None, None) if low is None else low[:2]
     _rows_kernel[(programs,)](
-        a, a_desc, b, b_desc, extra_desc, out, out_desc, order, w, hs, hs_desc, part, *tiles[:3], R, a.stride(0),
+        a, a_desc, b, b_desc, extra_desc, out, out_desc, order, w, hs, hs_desc, part,
+        thin, matrix, *tiles[:3], R, a.stride(0),
         E=E, K=K, N=N, TOP_K=top_k, GATHER=top_k > 0, B_IS_NK=b_is_nk,
         A_TMA=a_desc is not None, B_TMA=b_desc is not None, EPILOGUE=epilogue,
         PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
-        BLOCK_K=c.block_k, SPLIT=c.split, num_warps=c.warps, num_stages=c.stages,
+        BLOCK_K=c.block_k, SPLIT=c.split, RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)),
+        LOW_IS_NK=low is not None and low.is_nk, SHARED=matrix is not None and matrix.ndim == 2,
+        num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return out, part
 
 
-def up_rows(
-    x: Tensor, weights_R: Tensor, up: Tensor, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
+def thin_rows(
+    a: Tensor, matrices: Tensor, is_nk: bool, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
 ) -> Tensor:
-    """hs (R, F).  x: (T, D), or with top_k = 0 (R, D)."""
-    return _multiply(config, x, up, True, tiles, order, top_k, RELU2, weights_R)[0]
+    """(R, r): a (T, K), or with top_k = 0 (R, K), times matrices (E, r, K), or (E, K, r) if not `is_nk`."""
+    rank = matrices.shape[1 if is_nk else 2]
+    narrow = config._replace(block_n=max(16, triton.next_power_of_2(rank)), extra_n=0, store=False, split=1)
+    return _multiply(narrow, a, matrices, is_nk, tiles, order, top_k, PLAIN)[0]
 
 
-def down_rows(hs: Tensor, down: Tensor, tiles: Tiles, config: Config) -> Tensor:
+def up_rows(
+    x: Tensor,
+    weights_R: Tensor,
+    up: Tensor,
+    tiles: Tiles,
+    order: Tensor | None,
+    top_k: int,
+    config: Config,
+    low: LowRank | None = None,
+) -> Tensor:
+    """hs (R, F).  x: (T, D), or with top_k = 0 (R, D).  low: a summand of z."""
+    return _multiply(config, x, up, True, tiles, order, top_k, RELU2, weights_R, low=low)[0]
+
+
+def down_rows(hs: Tensor, down: Tensor, tiles: Tiles, config: Config, low: LowRank | None = None) -> Tensor:
     """y (R, D), in expert order, not yet summed by token."""
-    return _multiply(config, hs, down, True, tiles, None, 0, PLAIN)[0]
+    return _multiply(config, hs, down, True, tiles, None, 0, PLAIN, low=low)[0]
 
 
 def down_rows_backward(
@@ -236,12 +302,13 @@ def down_rows_backward(
     order: Tensor | None,
     top_k: int,
     config: Config,
+    low: LowRank | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dz (R, F) of z = up x, and what routing_weight_gradients sums.  dy: (T, D), or with top_k = 0 (R, D).
 
-    With g = down^T dy:  dz = 2 w relu(z) g,  dw = sum_F g relu(z)^2.
+    With g = down^T dy:  dz = 2 w relu(z) g,  dw = sum_F g relu(z)^2.  low: a summand of g.
     """
-    return _multiply(config, dy, down, False, tiles, order, top_k, DRELU2, weights_R, hs)
+    return _multiply(config, dy, down, False, tiles, order, top_k, DRELU2, weights_R, hs, low)
 
 
 def routing_weight_gradients(part: Tensor, weights: Tensor, place: Tensor | None, tiles: Tiles) -> Tensor:
@@ -255,6 +322,6 @@ def routing_weight_gradients(part: Tensor, weights: Tensor, place: Tensor | None
     return dweights
 
 
-def up_rows_backward(dz: Tensor, up: Tensor, tiles: Tiles, config: Config) -> Tensor:
+def up_rows_backward(dz: Tensor, up: Tensor, tiles: Tiles, config: Config, low: LowRank | None = None) -> Tensor:
     """dx (R, D) = dz up, in expert order, not yet summed by token."""
-    return _multiply(config, dz, up, False, tiles, None, 0, PLAIN)[0]
+    return _multiply(config, dz, up, False, tiles, None, 0, PLAIN, low=low)[0]

@@ -206,6 +206,7 @@ def validate(config: Config) -> None:
         ("validation", "eval_interval"),
         ("validation", "eval_iters"),
         ("validation", "sample_tokens"),
+        ("validation", "answer_samples"),
         ("checkpoint", "save_interval"),
         ("dataset", "num_workers"),
         ("rng", "seed"),

@@ -53,7 +53,8 @@ def draw(
         return torch.rand(shape, generator=g, device=device) * (high - low) + low
 
     if adapted(name) is not None:
-        return torch.randn(shape, generator=g) * math.sqrt(2 / sum(shape)) if leaf == "A" else torch.zeros(shape)
+        std = math.sqrt(2 / sum(shape)) if leaf == "A" else 0.0
+        return torch.randn(shape, generator=g, device=device) * std if std else torch.zeros(shape, device=device)
     if leaf == "A_log":
         return uniform(1.0, 16.0).log()
     if leaf == "dt_bias":
@@ -89,11 +90,7 @@ def allocate(model: nn.Module, device: torch.device, compute: torch.dtype) -> nn
 
 @torch.no_grad()
 def initialise(
-    model: nn.Module,
-    c: ModelConfig,
-    seed: int,
-    adapters_only: bool = False,
-    device: torch.device | str = "cpu",
+    model: nn.Module, c: ModelConfig, seed: int, device: torch.device | str = "cpu", adapters_only: bool = False
 ) -> nn.Module:
     """Draw every tensor of an allocated model, one at a time (one expert at a time), and keep this rank's part.
 

@@ -21,6 +21,7 @@ from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.mesh import LostContact, Mesh, lost_contact
 from nano3.train import checkpoint
+from nano3.train.answers import is_squad, score
 from nano3.train.checkpoint import Saver
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
@@ -179,8 +180,15 @@ class Trainer:
             raise self._diagnosis(f"the validation loss is {loss}")
         sample = at > self.first and self.config.validation.sample_tokens
         text = self._continuation() if sample else None
-        log.record("valid", at, {"loss": loss, "sample": text})
+        row = {"loss": loss, "sample": text}
         log.say(f"validation after step {at}: loss {loss:.6f} nats per token")
+        if self.config.validation.answer_samples and at > self.first and is_squad(self.config):
+            self.model.eval()
+            self.optimizer.finish_gather()
+            found = score(self.model, self.data, self.tokenizer, self.config.validation.answer_samples)
+            row |= {"exact_match": found.exact, "f1": found.f1}
+            log.say(f"{found.questions} questions answered: exact match {found.exact:.1%}, F1 {found.f1:.1%}")
+        log.record("valid", at, row)
         if text is not None:
             log.say("\n".join("    | " + line for line in text.splitlines()))
         return loss
@@ -273,6 +281,9 @@ class Trainer:
                 f"  python train.py --mode {self.config.mode} --preset {self.name} "
                 f"--config-file {folder / 'config.yaml'} checkpoint.load={self.save_to}"
             )
+        if self.recipe is not None:
+            base = "" if checkpoint.is_ours(self.recipe.base) else f"--hf-model-path {self.recipe.base} "
+            log.say(f"  python merge_lora.py {base}--lora-checkpoint {self.saver.last} --output {folder / 'merged'}")
         if is_supervised(self.config):
             prompt = '"Context: The sky is blue. Question: Which colour has the sky? Answer:"'
         else:

@@ -24,6 +24,7 @@ SHRINK = [
     "validation.eval_iters=2",
     "validation.eval_interval=3",
     "validation.sample_tokens=4",
+    "validation.answer_samples=2",
     "checkpoint.save_interval=0",
 ]
 
