@@ -29,8 +29,8 @@ KNOWN_SPILLS = [
     ("kernels.grouped_gemm_rows._rows_kernel", {"BLOCK_N": 128, "EXTRA_N": 64}, 8),  # dH; none with Triton 3.6
     ("kernels.permute._place_kernel", {"E": 128}, 12),  # none with Triton 3.6
 ]
-# Elsewhere a spill costs time only, and fp32 is there to check with.  But 40 KB a thread were seen once at Nano's sizes,
-# and that was a mistake in a tile.
+# Elsewhere a spill costs time only, and fp32 is there to check with.  But 40 KB a thread were seen once at Nano's
+# sizes, and that was a mistake in a tile.
 TOLERATED = {"bf16": 2 << 10, "fp32": 8 << 10}
 # The largest state that the SSD kernels take, which no Nemotron has: 128 x 256 in fp32 lives in memory.
 TOLERATED_WIDE = {"bf16": 2 << 10, "fp32": 36 << 10}
