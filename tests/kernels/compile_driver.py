@@ -174,6 +174,7 @@ def compiling(case: str, arch: int, dtype: str, once: bool = False) -> Iterator[
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=properties))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(arch, 10)))
+        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", return_value=(0, 0)))
         stack.enter_context(mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True))
         stack.enter_context(mock.patch.object(triton.knobs.compilation, "always_compile", True))
         triton.runtime.driver.set_active(_Driver(arch))
