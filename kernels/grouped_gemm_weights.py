@@ -192,10 +192,10 @@ def weight_gradient(
     buffer, add = (None, False) if sink is None else sink.open()
     if buffer is not None:
         # The sum so far passes through shared memory in fp32 and through registers beside the accumulators, so it comes
-        # in quarters of a tile.  There is no room for extra columns, for a fourth stage of all-TMA loads or for a TMA
-        # store.
+        # in halves of a tile, or in quarters where row numbers take registers too.  There is no room for extra columns,
+        # for a fourth stage of all-TMA loads or for a TMA store.
         stages = min(c.stages, 3) if c.copy else c.stages
-        c = c._replace(extra_n=0, stages=stages, store=False, split=4)
+        c = c._replace(extra_n=0, stages=stages, store=False, split=2 if c.copy else 4)
     M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
     out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
     desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)

@@ -64,7 +64,6 @@ class Built:
     constants: dict[str, int | float | str] = field(default_factory=dict)  # what it was specialised for, by name
     registers: int = 0  # of a thread
     spilled: int = 0  # bytes of a thread that go to memory for want of registers
-    stack: int = 0
     shared: int = 0  # bytes of a program
     warps: int = 0
     stages: int = 0
@@ -129,7 +128,6 @@ def _measure(compiled: object, log: str, built: Built) -> None:
     built.shared, built.warps, built.stages = metadata.shared, metadata.num_warps, metadata.num_stages
     built.wgmma, built.mma = ptx.count("wgmma.mma_async"), ptx.count("mma.sync")
     built.registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
-    built.stack = max(map(int, re.findall(r"(\d+) bytes stack frame", log)))
     built.spilled = max(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log)))
     if getattr(metadata, "tmem_size", 0) > TENSOR_MEMORY:
         built.error = f"{metadata.tmem_size} columns of tensor memory, of {TENSOR_MEMORY}"
@@ -176,6 +174,7 @@ def compiling(case: str, arch: int, dtype: str, once: bool = False) -> Iterator[
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_properties", return_value=properties))
         stack.enter_context(mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(arch, 10)))
+        stack.enter_context(mock.patch.object(torch.cuda, "mem_get_info", return_value=(0, 0)))
         stack.enter_context(mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True))
         stack.enter_context(mock.patch.object(triton.knobs.compilation, "always_compile", True))
         triton.runtime.driver.set_active(_Driver(arch))

@@ -23,16 +23,17 @@ from tests.kernels.compile_driver import ARCHITECTURES, DTYPES, Built, build
 # On sm_80 the head's products stay with cuBLAS: ours is made of what only later architectures have.
 NOT_BUILT = {80: {"kernels.cross_entropy_product._product_kernel", "kernels.cross_entropy_product._add_pieces_kernel"}}
 
-# On sm_90a in bf16 no thread may spill, but for these: kernel, its constants, bytes of stack at most.
+# On sm_90a in bf16 no thread may spill, but for these: kernel, its constants, bytes at most.
 KNOWN_SPILLS = [
-    ("kernels.ssd_backward._dx_kernel", {}, 912),  # 256 with Triton 3.6
+    ("kernels.ssd_backward._dx_kernel", {}, 256),  # none with Triton 3.6
     ("kernels.grouped_gemm_rows._rows_kernel", {"BLOCK_N": 128, "EXTRA_N": 64}, 8),  # dH; none with Triton 3.6
-    ("kernels.permute._place_kernel", {"E": 128}, 16),  # none with Triton 3.6
+    ("kernels.permute._place_kernel", {"E": 128}, 12),  # none with Triton 3.6
 ]
-# Elsewhere a spill costs time only.  But 40 KB a thread were seen once, and that was a mistake in a tile.
-TOLERATED = 2048
+# Elsewhere a spill costs time only, and fp32 is there to check with.  But 40 KB a thread were seen once at Nano's
+# sizes, and that was a mistake in a tile.
+TOLERATED = {"bf16": 2 << 10, "fp32": 8 << 10}
 # The largest state that the SSD kernels take, which no Nemotron has: 128 x 256 in fp32 lives in memory.
-TOLERATED_WIDE = {"bf16": 2048, "fp32": 36 << 10}
+TOLERATED_WIDE = {"bf16": 2 << 10, "fp32": 36 << 10}
 
 
 def spill_limit(b: Built) -> int:
@@ -40,7 +41,7 @@ def spill_limit(b: Built) -> int:
     if b.case == "ssd_wide":
         return TOLERATED_WIDE[b.dtype]
     if (b.arch, b.dtype) != (90, "bf16"):
-        return TOLERATED
+        return TOLERATED[b.dtype]
     return max((size for k, c, size in KNOWN_SPILLS if k == b.kernel and c.items() <= b.constants.items()), default=0)
 
 
@@ -51,8 +52,8 @@ def faults(b: Built) -> list[str]:
     found, room, limit = [], ARCHITECTURES[b.arch].shared_memory, spill_limit(b)
     if b.shared > room:
         found.append(f"wants {b.shared} bytes of shared memory, of {room}")
-    if max(b.spilled, b.stack) > limit:
-        found.append(f"spills {max(b.spilled, b.stack)} bytes a thread, {limit} allowed")
+    if b.spilled > limit:
+        found.append(f"spills {b.spilled} bytes a thread, {limit} allowed")
     return found
 
 
@@ -88,7 +89,7 @@ def main() -> None:
         print(*(json.dumps(asdict(b)) for b in built), sep="\n")
         return
     print(*built, sep="\n")
-    wrong = [f"{b}\n    {fault}" for b in built for fault in faults(b)]
+    wrong = [f"{b}\n    {' and '.join(faults(b))}" for b in built if faults(b)]
     if not options.cases and "bf16" in options.dtype:
         wrong += [f"sm_{a}: no case launches {kernel}" for a in options.arch for kernel in not_launched(built, a)]
     print(f"\n{len(built)} kernels built, {len(wrong)} faults", *wrong, sep="\n")

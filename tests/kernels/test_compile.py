@@ -47,7 +47,7 @@ def built(compiled: list[Built]) -> list[Built]:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel_compiles(arch: int, built: list[Built]) -> None:
-    wrong = [f"{b}\n    {fault}" for b in built if b.arch == arch for fault in faults(b)]
+    wrong = [f"{b}\n    {' and '.join(faults(b))}" for b in built if b.arch == arch and faults(b)]
     assert wrong == [], "\n".join(wrong)
     assert not_launched(built, arch) == set(), "no case launches these"
 
@@ -74,5 +74,5 @@ def test_faults_are_noticed(compiled: list[Built]) -> None:
     assert "raised on purpose" in found["raises"].error
     assert "exit code -6" in found["aborts"].error
     assert {name for name, b in found.items() if faults(b)} == PROBES - {"fine"}
-    assert (found["fine"].error, found["fine"].spilled, found["fine"].stack) == ("", 0, 0)
+    assert (found["fine"].error, found["fine"].spilled) == ("", 0)
     assert found["fine"].wgmma > 0
