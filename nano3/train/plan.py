@@ -304,7 +304,7 @@ def check_fits(config: Config, name: str, world: int, device_type: str, ranks_he
     lines = [
         f"{name} does not fit this machine ({what}, {have / GiB:.1f} GiB for each rank)",
         f"on {counted(world, 'rank')} at {here} the fullest rank needs {need / GiB:.1f} GiB",
-        f"run instead: {instead(device_type, have)}",
+        f"run instead: {instead(config.mode, device_type, have)}",
     ]
     size = have if device_type == "cuda" else int(min(GPUS.values()))
     found = where_it_fits(config, size)
@@ -317,7 +317,7 @@ def check_fits(config: Config, name: str, world: int, device_type: str, ranks_he
         there, ranks = found
         nodes = f"--nnodes={-(-ranks // 8)} --rdzv-backend=c10d --rdzv-endpoint=HEAD:29400" if ranks > 8 else ""
         changed = [setting for setting in difference(there, name) if setting != "train.device=cpu"]
-        command = shlex.join(["train.py", "--mode", "pretrain", "--preset", name, *changed])
+        command = shlex.join(["train.py", "--mode", config.mode, "--preset", name, *changed])
         m = memory(there, ranks, "cuda")
         rows = ", ".join(f"{kind} {n / GiB:.1f}" for kind, n in vars(m).items())
         lines += [
@@ -351,15 +351,15 @@ def at(config: Config, layout: Layout) -> Config:
     return replace(config, parallel=replace(config.parallel, **sizes, virtual_pp=1, stages=None))
 
 
-def instead(device_type: str, have: int) -> str:
+def instead(mode: str, device_type: str, have: int) -> str:
     """The command for the largest preset that one rank of this machine can train."""
     fits = []
     for name in PRESETS:
-        config, _ = resolve(parser().parse_args(["--mode", "pretrain", "--preset", name]))
+        config, _ = resolve(parser().parse_args(["--mode", mode, "--preset", name]))
         config.parallel = replace(config.parallel, tp=1, ep=1, pp=1, cp=1)
         if memory(config, 1, device_type).total <= USABLE * have:
             fits.append((parameters(config.model).total, name))
     if not fits:
         return "a smaller model; no preset fits here"
     total, name = max(fits)
-    return f"python train.py --mode pretrain --preset {name}    ({total / 1e6:,.1f} M parameters)"
+    return f"python train.py --mode {mode} --preset {name}    ({total / 1e6:,.1f} M parameters)"
