@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nano3.data.blend import BLOCK, Blend
+from nano3.config import DatasetConfig
+from nano3.data.blend import BLOCK, Blend, load_blend
 from nano3.data.indexed import IndexedDataset, IndexedWriter
+from nano3.data.loader import Place, stream
 from nano3.data.prepare import Job, convert
 from nano3.data.sampling import Cache, Samples
 from nano3.data.sources import Piece, Read
@@ -55,6 +57,19 @@ def sampling_records(folder: Path, tokens: int) -> list[dict]:
             n += 1
         out.append({"op": "read samples", "shape": shape, "tokens/s": n * S / (time.perf_counter() - start)})
     return out
+
+
+def loading_record(folder: Path, seq_length: int, rows: int = 8) -> dict:
+    """What the training loop asks for: batches with the boundaries of their documents, in one process."""
+    config = DatasetConfig(blend=str(folder / "data"), seq_length=seq_length, path_to_cache=str(folder / "cache"))
+    batches = stream(load_blend(config, 1, 50_000, valid=False), "train", 0, Place(rows, rows))
+    next(batches)
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS:
+        next(batches)
+        n += rows * seq_length
+    rate = n / (time.perf_counter() - start)
+    return {"op": "load batches", "shape": f"{rows} rows of {seq_length:,}", "tokens/s": rate}
 
 
 def blend_records(folder: Path) -> list[dict]:
@@ -112,7 +127,9 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=100_000_000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        records = sampling_records(folder, p.parse_args().tokens) + blend_records(folder) + prepare_records(folder)
+        records = sampling_records(folder, p.parse_args().tokens)
+        records += [loading_record(folder, seq_length) for seq_length in (128, 2048, 8192)]
+        records += blend_records(folder) + prepare_records(folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     for r in records:
         rates = ", ".join(

@@ -21,9 +21,17 @@ def test_every_path_that_it_links_exists() -> None:
     assert [p for p in paths if not (ROOT / p).exists()] == []
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "train.py" in c])
+TAUGHT = [README, *(p.read_text() for p in sorted((ROOT / "docs").glob("*data*.md")))]
+TYPED = [
+    line for page in TAUGHT for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", [c for c in TYPED if "train.py" in c])
 def test_every_training_command_is_accepted(command: str) -> None:
     args = command.split("#")[0].split("train.py", 1)[1].split()
+    files = [a.split("=")[1] for a in args if a.startswith("dataset.path=")]
+    assert [f for f in files if not (ROOT / f).exists()] == []
     ranks = re.search(r"--nproc-per-node=(\d+)", command)
     try:
         config, _ = resolve(parser().parse_args(args))

@@ -273,7 +273,9 @@ def _message(message: Any, place: str) -> Record:
     if not isinstance(message, dict):
         raise RecordError(f"{place} must be an object, found {type(message).__name__}")
     if "from" in message and "role" not in message:
-        message = {"role": ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+        sender = message["from"]
+        role = ROLES.get(sender, sender) if isinstance(sender, str) else sender
+        message = {"role": role, "content": message.get("value")}
     # Tables have a column for every field that any message has, so null means: not there.
     message = {"content": None, **{k: v for k, v in message.items() if v is not None}}
     if not isinstance(message.get("role"), str):
@@ -292,6 +294,8 @@ def _message(message: Any, place: str) -> Record:
         del message["reasoning_content"]
     elif not isinstance(reasoning, str):
         raise RecordError(f"{place}: 'reasoning_content' must be text, found {type(reasoning).__name__}")
+    if not isinstance(weight := message.get("weight", 1), int | float):
+        raise RecordError(f"{place}: 'weight' must be a number, found {type(weight).__name__}")
     if "tool_calls" in message:
         message["tool_calls"] = _tool_calls(message["tool_calls"], place)
     return message

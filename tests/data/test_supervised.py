@@ -1,6 +1,9 @@
 """SQuAD, prompts with answers and conversations as samples: what is learnt, what is cut, what is refused and where."""
 
+import copy
+import functools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,3 +294,59 @@ def test_a_data_set_of_the_datasets_package(tmp_path: Path) -> None:
     assert len(found["valid"]) == 2
     with pytest.raises(UserError, match=r"dataset\.name=/nowhere/at/all .*could not be loaded.*dataset\.path"):
         load_supervised(BYTES, 64, SupervisedOptions(name="/nowhere/at/all"))
+
+
+def places(value: object, path: tuple = ()) -> list[tuple]:
+    """The path of every value inside a record."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(p for k, v in inner for p in places(v, (*path, k)))]
+
+
+def spoilt(record: dict, draw: random.Random) -> dict:
+    """The record with one value replaced or left out."""
+    record = copy.deepcopy(record)
+    path = draw.choice(places(record)[1:])
+    holder = functools.reduce(lambda v, k: v[k], path[:-1], record)
+    wrong = [None, 7, -1.5, True, "", "text", "<|im_end|>", [], [[]], {}, {"role": "user"}, ["a", 1], {"a": {"b": []}}]
+    if draw.random() < 0.2:
+        del holder[path[-1]]
+    else:
+        holder[path[-1]] = draw.choice(wrong)
+    return record
+
+
+def test_a_thousand_spoilt_records_are_read_or_refused_by_place(chat_tokenizer: Tokenizer) -> None:
+    """No record, however wrong, ends in another way than a sample, nothing to learn, or an error with its place."""
+    tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"properties": {}}}}]
+    good = [
+        {"input": "2 + 2 =", "output": "4"},
+        {"context": "It is wet.", "question": "How is it?", "answers": {"text": ["wet"], "answer_start": [6]}},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+        {
+            "tools": tools,
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Call f."},
+                {
+                    "role": "assistant",
+                    "content": "",
+                    "reasoning_content": "I call it.",
+                    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+                },
+                {"role": "tool", "content": "3"},
+                {"role": "assistant", "content": "It is 3.", "weight": 1},
+            ],
+        },
+    ]
+    draw, refused = random.Random(0), []
+    reader = Reader(chat_tokenizer, 200, SupervisedOptions(on_error="raise"))
+    for n in range(1200):
+        record = spoilt(good[n % len(good)], draw)
+        try:
+            sample = reader.sample(record, f"data.jsonl:{n}", Tally())
+        except RecordError as error:
+            refused.append((str(error), f"data.jsonl:{n}: "))
+        else:
+            assert sample is None or len(sample.tokens) == len(sample.labels) <= 200
+    assert [message for message, place in refused if not message.startswith(place)] == []
+    assert len(refused) > 300
