@@ -252,6 +252,7 @@ def _multiply(
     programs = min(resident_programs(a, c.per_sm), tiles.tile_expert.numel() * n_tiles)
     rank = 0 if low is None else low.thin.shape[1]
     thin, matrix = (None, None) if low is None else low[:2]
+    stages = c.stages if low is None else min(c.stages, 3)  # the thin operands need the shared memory of one
     _rows_kernel[(programs,)](
         a, a_desc, b, b_desc, extra_desc, out, out_desc, order, w, hs, hs_desc, part,
         thin, matrix, *tiles[:3], R, a.stride(0),
@@ -260,7 +261,7 @@ def _multiply(
         PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
         BLOCK_K=c.block_k, SPLIT=c.split, RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)),
         LOW_IS_NK=low is not None and low.is_nk, SHARED=matrix is not None and matrix.ndim == 2,
-        num_warps=c.warps, num_stages=c.stages,
+        num_warps=c.warps, num_stages=stages,
     )  # fmt: skip
     return out, part
 
