@@ -202,7 +202,7 @@ def _adapter_gradient(
     thin: Tensor, wide: Tensor, order: Tensor | None, top_k: int, tiles: "Tiles", config: "Config"
 ) -> Tensor:
     """Per expert wide^T thin, (E, width, r): the tensor cores want the wide side first."""
-    narrow = max(16, triton.next_power_of_2(thin.shape[1]))
+    narrow = min(128, max(16, triton.next_power_of_2(thin.shape[1])))
     c = config._replace(block_m=min(config.block_m, 128), block_n=narrow, extra_n=0, store=False, split=1, warps=4)
     return weight_gradient(wide, thin, tiles, order, top_k, True, c)
 
