@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     workers = min(8, os.cpu_count() or 1)
     options = Options(DTYPE_NAMES.get(args.dtype), None, args.overwrite, args.dry_run, False, workers)
     write = write_peft if args.as_peft else merge_model
+    print("comparing the base with the fingerprint in the adapters' recipe, for which all of it is read", flush=True)
     try:
         with bar(args.no_progress or args.dry_run) as meter:
             text = write(args.hf_model_path, args.lora_checkpoint, args.pretrained, Path(args.output), options, meter)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._common import triton
+from kernels._common import INTERPRET, triton
 from kernels.grouped_gemm import (
     _Combine,
     _find_rows,
@@ -118,7 +118,7 @@ class _AdaptedExperts(torch.autograd.Function):
         place: Tensor,
         tiles: "Tiles",
     ) -> Tensor:
-        configs = choose_configs(x, up, down)
+        configs = _tiles_of_products(x, up, down)
         weights_R = weights.flatten().index_select(0, order)
         x_rows, *where = _find_rows(x, order, place, configs["up"].copy)
         thin = _thin(A, True, scale, x, x_rows, where, order, place, tiles, configs["up"])
@@ -142,8 +142,8 @@ class _AdaptedExperts(torch.autograd.Function):
             if A2.ndim == 2:
                 dA2, dB2 = back2.T @ hs, dy.T @ sum_rows(thin2, place)
             else:
-                dA2 = _adapter_gradient(back2, hs, None, 0, False, tiles, configs["dup"])
-                dB2 = _adapter_gradient(thin2, dy_rows, *where, True, tiles, configs["dup"])
+                dA2 = _adapter_gradient(back2, hs, None, 0, tiles, configs["dup"]).mT
+                dB2 = _adapter_gradient(thin2, dy_rows, *where, tiles, configs["dup"])
         dz, part = down_rows_backward(
             dy_rows, weights_R, hs, down, tiles, *where, configs["dH"], _low(back2, A2, False)
         )
@@ -155,11 +155,19 @@ class _AdaptedExperts(torch.autograd.Function):
                 dA, dB = sum_rows(back, place).T @ x, dz.T @ thin
             else:
                 x_rows, *where = _find_rows(x, order, place, configs["dup"].copy)
-                dA = _adapter_gradient(back, x_rows, *where, False, tiles, configs["dup"])
-                dB = _adapter_gradient(thin, dz, None, 0, True, tiles, configs["dup"])
+                dA = _adapter_gradient(back, x_rows, *where, tiles, configs["dup"]).mT
+                dB = _adapter_gradient(thin, dz, None, 0, tiles, configs["dup"])
         if need_x:
             dx = sum_rows(up_rows_backward(dz, up, tiles, configs["dX"], _low(back, A, False)), place)
         return dx, dweights, None, None, dA, dB, dA2, dB2, *(None,) * 4
+
+
+def _tiles_of_products(x: Tensor, up: Tensor, down: Tensor) -> dict[str, "Config"]:
+    """Those of the base, but for Blackwell, where Triton 3.6 compiles no product that follows a flattened loop."""
+    configs = choose_configs(x, up, down)
+    if INTERPRET or torch.cuda.get_device_capability(x.device)[0] != 10:
+        return configs
+    return {name: c._replace(flatten=False) for name, c in configs.items()}
 
 
 def _low(thin: Tensor | None, matrix: Tensor | None, is_nk: bool) -> "LowRank | None":
@@ -191,14 +199,12 @@ def _thin(
 
 
 def _adapter_gradient(
-    thin: Tensor, wide: Tensor, order: Tensor | None, top_k: int, wide_first: bool, tiles: "Tiles", config: "Config"
+    thin: Tensor, wide: Tensor, order: Tensor | None, top_k: int, tiles: "Tiles", config: "Config"
 ) -> Tensor:
-    """Per expert thin^T wide, (E, r, width), or with `wide_first` wide^T thin, (E, width, r)."""
-    narrow = max(16, triton.next_power_of_2(thin.shape[1]))
-    wide_block = min(config.block_m, config.block_n)
-    sizes = {"block_m": wide_block, "block_n": narrow} if wide_first else {"block_m": narrow, "block_n": wide_block}
-    c = config._replace(**sizes, extra_n=0, store=False, split=1, warps=4)
-    return weight_gradient(wide, thin, tiles, order, top_k, wide_first, c)
+    """Per expert wide^T thin, (E, width, r): the tensor cores want the wide side first."""
+    narrow = min(128, max(16, triton.next_power_of_2(thin.shape[1])))
+    c = config._replace(block_m=min(config.block_m, 128), block_n=narrow, extra_n=0, store=False, split=1, warps=4)
+    return weight_gradient(wide, thin, tiles, order, top_k, True, c)
 
 
 def adapted_experts(

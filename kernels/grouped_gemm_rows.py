@@ -72,17 +72,20 @@ def _add_low_rank(
     N: tl.constexpr, RANK: tl.constexpr, RANK_PAD: tl.constexpr, LOW_IS_NK: tl.constexpr, SHARED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """acc + thin low for one accumulator."""
+    """acc + thin low for one accumulator, at most 32 columns of thin at a time: shared memory is nearly full."""
+    STEP: tl.constexpr = 32 if RANK_PAD > 32 else RANK_PAD
     rows = row0 + tl.arange(0, BLOCK_M)
-    rs = tl.arange(0, RANK_PAD)
     cols = n0 + tl.arange(0, BLOCK)
-    real = (rows < end)[:, None] & (rs < RANK)[None, :]
-    thin = tl.load(thin_ptr + rows.to(tl.int64)[:, None] * RANK + rs[None, :], mask=real, other=0.0)
+    thin_ptrs = thin_ptr + rows.to(tl.int64)[:, None] * RANK
     if not SHARED:
         low_ptr += e.to(tl.int64) * N * RANK
-    where = cols[None, :] * RANK + rs[:, None] if LOW_IS_NK else rs[:, None] * N + cols[None, :]
-    low = tl.load(low_ptr + where, mask=(rs < RANK)[:, None] & (cols < N)[None, :], other=0.0)
-    return tl.dot(thin, low, acc, input_precision=PRECISION)
+    for first in tl.static_range(0, RANK, STEP):
+        rs = first + tl.arange(0, STEP)
+        thin = tl.load(thin_ptrs + rs[None, :], mask=(rows < end)[:, None] & (rs < RANK)[None, :], other=0.0)
+        where = cols[None, :] * RANK + rs[:, None] if LOW_IS_NK else rs[:, None] * N + cols[None, :]
+        low = tl.load(low_ptr + where, mask=(rs < RANK)[:, None] & (cols < N)[None, :], other=0.0)
+        acc = tl.dot(thin, low, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -252,6 +255,7 @@ def _multiply(
     programs = min(resident_programs(a, c.per_sm), tiles.tile_expert.numel() * n_tiles)
     rank = 0 if low is None else low.thin.shape[1]
     thin, matrix = (None, None) if low is None else low[:2]
+    stages = c.stages if low is None else min(c.stages, 3)  # the thin operands need the shared memory of one
     _rows_kernel[(programs,)](
         a, a_desc, b, b_desc, extra_desc, out, out_desc, order, w, hs, hs_desc, part,
         thin, matrix, *tiles[:3], R, a.stride(0),
@@ -260,7 +264,7 @@ def _multiply(
         PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
         BLOCK_K=c.block_k, SPLIT=c.split, RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)),
         LOW_IS_NK=low is not None and low.is_nk, SHARED=matrix is not None and matrix.ndim == 2,
-        num_warps=c.warps, num_stages=c.stages,
+        num_warps=c.warps, num_stages=stages,
     )  # fmt: skip
     return out, part
 
@@ -270,7 +274,7 @@ def thin_rows(
 ) -> Tensor:
     """(R, r): a (T, K), or with top_k = 0 (R, K), times matrices (E, r, K), or (E, K, r) if not `is_nk`."""
     rank = matrices.shape[1 if is_nk else 2]
-    narrow = config._replace(block_n=max(16, triton.next_power_of_2(rank)), extra_n=0, store=False, split=1)
+    narrow = config._replace(block_n=min(128, max(16, triton.next_power_of_2(rank))), extra_n=0, store=False, split=1)
     return _multiply(narrow, a, matrices, is_nk, tiles, order, top_k, PLAIN)[0]
 
 

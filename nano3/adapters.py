@@ -127,7 +127,7 @@ def start(config: Config, loaded: str | None, model: Nano3, optimizer: AdamW | N
 
     Raises UserError if there is no base, or if the adapters there have another recipe or were trained on another base.
     """
-    there = None if loaded is None else read_recipe(checkpoint.find(loaded, "checkpoint.load"), "checkpoint.load")
+    there = None if loaded is None else read_recipe(_folder(loaded, config), "checkpoint.load")
     base, setting = config.checkpoint.pretrained_checkpoint, "checkpoint.pretrained_checkpoint"
     if base is None and there is not None:
         base, setting = there.base, f"checkpoint.load={loaded}, whose base is"
@@ -148,6 +148,17 @@ def start(config: Config, loaded: str | None, model: Nano3, optimizer: AdamW | N
                 )
     checkpoint.load_weights(base, setting, model, optimizer)
     return recipe
+
+
+def _folder(loaded: str, config: Config) -> Path:
+    """The iteration folder that is resumed; all of a run have the same recipe, so any that is sound will do."""
+    try:
+        return checkpoint.find(loaded, "checkpoint.load")
+    except UserError:
+        good = checkpoint.last_good(Path(loaded)) if config.checkpoint.resume_from_last_good else None
+        if good is None:
+            raise
+        return good
 
 
 def load_model(path: str, setting: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Nano3, Config]:

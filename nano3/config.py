@@ -362,6 +362,13 @@ class CheckpointConfig:
     save_retain_interval: int | None = None  # keep those at multiples of this number of iterations as well
 
 
+ADAPTER_SETTINGS = ("target_modules", "exclude_modules", "rank", "alpha", "rslora", "experts")
+
+
+def _default_of(f: Any) -> Any:
+    return f.default_factory() if callable(f.default_factory) else f.default
+
+
 @dataclass(kw_only=True)
 class PeftConfig:
     """What is trained: everything, everything but what is frozen, or adapters beside frozen weights."""
@@ -415,6 +422,9 @@ class PeftConfig:
             raise UserError(
                 f"peft.base_dtype={self.base_dtype!r} is not available in this version; use peft.base_dtype=bf16"
             )
+        told = [f.name for f in fields(self) if f.name in ADAPTER_SETTINGS and getattr(self, f.name) != _default_of(f)]
+        if told and not self.adapts:
+            raise UserError(f"peft.{told[0]} is about adapters, and there are none: add --peft lora, or drop it")
         if self.adapts and self.freeze:
             raise UserError("peft.freeze is for full training; --peft lora freezes everything but its adapters")
 
@@ -493,7 +503,7 @@ def keys_of(cls: type, prefix: str = "") -> list[str]:
     """Every `section.key` of a dataclass tree."""
     out = []
     for f in fields(cls):
-        default = f.default_factory() if callable(f.default_factory) else f.default
+        default = _default_of(f)
         out += keys_of(type(default), f"{prefix}{f.name}.") if is_dataclass(default) else [prefix + f.name]
     return out
 

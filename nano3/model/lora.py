@@ -11,7 +11,6 @@ Routed experts have an adapter each, two tensors with an expert axis as their we
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -220,9 +219,8 @@ def kept(name: str, peft: PeftConfig) -> bool:
     return not peft.adapts or trains(name, peft)
 
 
-def check_freeze(names: Iterator[str], peft: PeftConfig) -> None:
-    """Raise UserError if a glob of peft.freeze matches no tensor of the whole model, or if nothing is left to train."""
-    names = list(names)
+def check_freeze(names: list[str], peft: PeftConfig) -> None:
+    """Raise UserError if a glob of peft.freeze matches no parameter of the whole model, or nothing is left to train."""
     for glob in peft.freeze:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UserError(

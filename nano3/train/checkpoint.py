@@ -277,7 +277,9 @@ def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW | None)
     folder, manifest = open_verified(path, setting, model.mesh)
     refuse_adapters(folder, setting)
     check_geometry(manifest, model, folder, setting, base)
-    read(Container(folder, manifest), wanted(model, optimizer, manifest.tensors, choose=base), model.mesh)
+    # Beside adapters the base is what the checkpoint gives as its weights: a merge, later, will take these too.
+    keys = () if model.peft.adapts else manifest.tensors
+    read(Container(folder, manifest), wanted(model, optimizer, keys, choose=base), model.mesh)
 
 
 def _of_the_base(name: str) -> bool:

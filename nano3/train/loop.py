@@ -225,7 +225,9 @@ class Trainer:
         if r.loads:
             row |= {"balance_loss": r.aux, "balance": max(r.loads), "expert_load_max_over_mean": r.loads}
         if self.mesh.device.type == "cuda":
-            flops = sum(training_flops(self.config.model, self.config.dataset.seq_length).values())
+            flops = sum(
+                training_flops(self.config.model, self.config.dataset.seq_length, self.config.peft.adapts).values()
+            )
             row["tflops"] = flops * speed / self.mesh.world / 1e12
             gpu = torch.cuda.get_device_name()
             if (peak := next((v for k, v in PEAK_TFLOPS.items() if k in gpu), None)) and self.model.dtype.itemsize == 2:

@@ -14,7 +14,7 @@ import torch
 from nano3.config import KINDS, Config, ModelConfig
 from nano3.model.init import dtype_of
 from nano3.model.layout import split_of, whole_shapes
-from nano3.model.lora import adapted, sites_of, trains
+from nano3.model.lora import adapted, check_freeze, sites_of, trains
 from nano3.parallel.data import Bucket, Member, make_buckets
 from nano3.parallel.layout import AXES, Layout, kv_copies
 from nano3.parallel.mesh import Axis
@@ -75,6 +75,7 @@ def shares(config: Config, layout: Layout, spans: Spans, bf16: bool) -> list[Sha
     """The share of every pipeline stage, in order.  spans: the layers of each virtual stage."""
     c, compute = config.model, torch.bfloat16 if bf16 else torch.float32
     splits = {name: (shape, split_of(name, c, layout.tp)) for name, shape in whole_shapes(c, config.peft).items()}
+    check_freeze([n for n in splits if not n.endswith("e_score_correction_bias")], config.peft)
     out = []
     for stage in range(layout.pp):
         axes, parts = place(config, layout, stage * layout.block), spans[stage :: layout.pp]

@@ -55,34 +55,35 @@ def parameters(c: ModelConfig) -> Parameters:
     return Parameters(block, experts, c.vocab_size * D, total, active)
 
 
-def training_flops(c: ModelConfig, seq_length: int) -> dict[str, float]:
+def training_flops(c: ModelConfig, seq_length: int, frozen: bool = False) -> dict[str, float]:
     """FLOPs per token of one training step by kind of block, and `head`; a multiply-add counts as 2.
 
     Forward plus twice that for the backward pass; 2.5 times for the attention core, which recomputes its scores.  Every
     weight matrix that a token passes counts once (the K chosen experts, the shared one, the router), plus the SSD's
     four products at the configured chunk and causal attention at half the square.  Norms and activations are left
-    out.
+    out.  frozen: weights have no gradient, which saves a third of their products; adapters are not counted.
     """
     D, S, L = c.hidden_size, seq_length, min(c.chunk_size, seq_length)
     H, P, G, N = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     routed = 4 * D * c.moe_intermediate_size * c.num_experts_per_tok
     shared = 4 * D * c.moe_shared_expert_intermediate_size
+    w = 2 if frozen else 3  # products with each weight matrix
     each = {
-        "M": 3 * (2 * D * (c.d_inner + c.conv_dim + H) + 2 * c.d_inner * D + 2 * c.conv_dim * c.conv_kernel)
+        "M": w * (2 * D * (c.d_inner + c.conv_dim + H) + 2 * c.d_inner * D + 2 * c.conv_dim * c.conv_kernel)
         + 3 * (2 * L * N * G + 2 * L * P * H + 4 * N * P * H),
-        "*": 3 * (2 * D * (q + 2 * kv) + 2 * q * D) + 3.5 * 2 * S * q,
-        "E": 3 * (routed + shared + 2 * D * c.n_routed_experts),
-        "-": 3 * 4 * D * c.intermediate_size,
+        "*": w * (2 * D * (q + 2 * kv) + 2 * q * D) + 3.5 * 2 * S * q,
+        "E": w * (routed + shared + 2 * D * c.n_routed_experts),
+        "-": w * 4 * D * c.intermediate_size,
     }
     flops = {letter: each[letter] * c.hybrid_override_pattern.count(letter) for letter in each}
-    return {**flops, "head": 3.0 * 2 * D * c.vocab_size}
+    return {**flops, "head": w * 2.0 * D * c.vocab_size}
 
 
 def layer_costs(config: Config) -> tuple[list[float], float]:
     """FLOPs per trained token of each layer, and of the head."""
     pattern = config.model.hybrid_override_pattern
-    flops = training_flops(config.model, config.dataset.seq_length)
+    flops = training_flops(config.model, config.dataset.seq_length, config.peft.adapts)
     return [flops[letter] / pattern.count(letter) for letter in pattern], flops["head"]
 
 
@@ -159,7 +160,7 @@ def uses_bf16(config: Config, device_type: str) -> bool:
 def summary(config: Config, name: str, world: int, device_type: str) -> str:
     """Parameters, length of the run and layout, a line each."""
     n, layout = parameters(config.model), Layout.of(config, world)
-    flops = sum(training_flops(config.model, config.dataset.seq_length).values())
+    flops = sum(training_flops(config.model, config.dataset.seq_length, config.peft.adapts).values())
     tokens = config.iterations * config.tokens_per_step
     left = f"dp={layout.dp}" + (f", edp={layout.edp}" if "E" in config.model.hybrid_override_pattern else "")
     devices = "GPUs" if device_type == "cuda" else "CPUs"
@@ -303,7 +304,7 @@ def check_fits(config: Config, name: str, world: int, device_type: str, ranks_he
     lines = [
         f"{name} does not fit this machine ({what}, {have / GiB:.1f} GiB for each rank)",
         f"on {counted(world, 'rank')} at {here} the fullest rank needs {need / GiB:.1f} GiB",
-        f"run instead: {instead(device_type, have)}",
+        f"run instead: {instead(config.mode, device_type, have)}",
     ]
     size = have if device_type == "cuda" else int(min(GPUS.values()))
     found = where_it_fits(config, size)
@@ -316,7 +317,7 @@ def check_fits(config: Config, name: str, world: int, device_type: str, ranks_he
         there, ranks = found
         nodes = f"--nnodes={-(-ranks // 8)} --rdzv-backend=c10d --rdzv-endpoint=HEAD:29400" if ranks > 8 else ""
         changed = [setting for setting in difference(there, name) if setting != "train.device=cpu"]
-        command = shlex.join(["train.py", "--mode", "pretrain", "--preset", name, *changed])
+        command = shlex.join(["train.py", "--mode", config.mode, "--preset", name, *changed])
         m = memory(there, ranks, "cuda")
         rows = ", ".join(f"{kind} {n / GiB:.1f}" for kind, n in vars(m).items())
         lines += [
@@ -350,15 +351,15 @@ def at(config: Config, layout: Layout) -> Config:
     return replace(config, parallel=replace(config.parallel, **sizes, virtual_pp=1, stages=None))
 
 
-def instead(device_type: str, have: int) -> str:
+def instead(mode: str, device_type: str, have: int) -> str:
     """The command for the largest preset that one rank of this machine can train."""
     fits = []
     for name in PRESETS:
-        config, _ = resolve(parser().parse_args(["--mode", "pretrain", "--preset", name]))
+        config, _ = resolve(parser().parse_args(["--mode", mode, "--preset", name]))
         config.parallel = replace(config.parallel, tp=1, ep=1, pp=1, cp=1)
         if memory(config, 1, device_type).total <= USABLE * have:
             fits.append((parameters(config.model).total, name))
     if not fits:
         return "a smaller model; no preset fits here"
     total, name = max(fits)
-    return f"python train.py --mode pretrain --preset {name}    ({total / 1e6:,.1f} M parameters)"
+    return f"python train.py --mode {mode} --preset {name}    ({total / 1e6:,.1f} M parameters)"

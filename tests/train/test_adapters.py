@@ -11,8 +11,9 @@ from nano3.config import UserError
 from nano3.model.init import named_tensors
 from nano3.model.lora import adapted
 from nano3.train import checkpoint
+from nano3.train.plan import memory
 from nano3.train.storage import read_manifest
-from tests.train.small import trainer
+from tests.train.small import small, trainer
 
 LORA = ["peft.scheme=lora", "peft.rank=3", "optimizer.lr=0.01"]
 
@@ -114,6 +115,25 @@ def test_routers_may_be_trained_beside_adapters(base: str, tmp_path: Path) -> No
     model, _ = adapters.load_model(str(tmp_path), "test", torch.device("cpu"))
     for name, x in named_tensors(model).items():
         assert torch.equal(x, named_tensors(t.model)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["peft.freeze=[layers.9.*]"], r"'layers.9.\*' matches no tensor"),
+        (["peft.freeze=['*']"], r"leaves nothing to train"),
+        (["peft.rank=8"], r"peft.rank is about adapters.*--peft lora"),
+        (["peft=lora", "peft.freeze=[norm_f.weight]"], r"freezes everything but its adapters"),
+        (["peft=lora", "peft.dropout=0.1"], r"no dropout here"),
+        (["peft=lora", "peft.dora=true"], r"peft.dora=true is not available"),
+        (["peft=lora", "peft.base_dtype=fp8"], r"peft.base_dtype='fp8' is not available"),
+        (["peft=qlora"], r"peft.scheme='qlora' is not available; use lora"),
+        (["peft=lora", "peft.target_modules=[gate_proj]"], r"'gate_proj' matches nothing; there are in_proj"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_the_start(setting: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        memory(small(*setting), 1, "cpu")
 
 
 @pytest.mark.parametrize(("key", "value"), [("format", 9), ("rank", None)])
