@@ -134,8 +134,7 @@ def verify(args: argparse.Namespace) -> int:
         print(line)
     if (rest := len(found.differences) - args.max_report) > 0:
         print(f"and {rest:,} more")
-    what = f"{found.tensors:,} tensors, {found.bytes:,} bytes"
-    print(f"identical to the bit: {what}" if found.identical else f"different: {found.differing:,} of {what}")
+    print(found)
     return 0 if found.identical else 1
 
 
