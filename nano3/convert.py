@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from nano3.config import ModelConfig, UserError
 from nano3.convert_jobs import Job, Meter, check_space, journal_of, journal_says, journalled
@@ -161,12 +162,22 @@ def cast(blocks: Iterable[memoryview], name: str, old: str, new: str) -> Iterato
     """The elements in another dtype, rounded to nearest.  Raises UserError if a number does not fit."""
     for block in blocks:
         before = torch.frombuffer(block, dtype=DTYPES[old])
-        after = before.to(DTYPES[new])
+        after = (_to_odd(before) if old == "F64" and new in ("F16", "BF16") else before).to(DTYPES[new])
         if (after.isinf() & ~before.isinf()).any():
             asked = str(after.dtype).removeprefix("torch.")
             wider = "float32" if new == "BF16" else "bfloat16 or float32"
             raise UserError(f"--dtype {asked}: {name} has numbers beyond {asked}'s range; use {wider}")
         yield memoryview(after.view(torch.uint8).numpy())
+
+
+def _to_odd(x: Tensor) -> Tensor:
+    """float64 -> float32, cut off towards zero and with the last bit set if anything was lost, so that rounding to 16
+    bits after it is rounding once.  torch goes through float32 to the nearest, which rounds twice."""
+    y = x.float()
+    bits = y.view(torch.int32)
+    bits -= (y.double().abs() > x.abs()).int()
+    bits |= (y.double() != x).int()
+    return y
 
 
 def stream(source: Source, name: str, rows: slice, dtype: str) -> Iterator[memoryview]:

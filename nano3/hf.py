@@ -259,9 +259,8 @@ def open_model(folder: Path | str, strict: bool = True, drop_mtp: bool = False) 
             f"{len(mtp)} tensors mtp.*: multi-token prediction is not implemented; --drop-mtp leaves them out"
         )
     if unexpected:
-        hint = (
-            "; quantised weights? Only BF16, F16 and F32 models are read" if any("scale" in n for n in others) else ""
-        )
+        scaled = any("scale" in n for n in others)
+        hint = f"; quantised weights? Only models in {', '.join(FLOATS)} are read" if scaled else ""
         problems.append(f"{len(unexpected)} unexpected tensors: {_some(unexpected)}{hint}")
     source = Source(folder, config, tensors, problems, _form(found))
     if strict and problems:
@@ -318,7 +317,7 @@ def _form(found: dict[str, Span]) -> str:
 
 
 SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # everything beside the weights, as it is
-SMALL_NAMES = ("LICENSE*", "LICENCE*", "NOTICE*")
+SMALL_NAMES = [f"{w}*" for name in ("license", "licence", "notice") for w in (name, name.upper(), name.capitalize())]
 LARGEST_SMALL = 256 << 20
 
 
