@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 import convert
 from nano3 import convert as library
@@ -20,7 +19,7 @@ from nano3.hf import open_model, our_name
 from nano3.train.storage import Item, Progress, commit, manifest_of, read_manifest, temporary_folder, write_file
 from tests.hf_folders import random_weights, write_checkpoint, write_folder
 from tests.oracles import GOLDEN
-from tests.test_convert import exported, fails, files_of, imported, run, tensors_of
+from tests.test_convert import exported, fails, files_of, imported, run
 
 SMALL_FILES = ["--max-shard-size", "20KB", "--workers", "1"]
 
