@@ -6,7 +6,8 @@
 Makes random weights in the released layout (names, shapes, dtypes, shards), times cp, import and export of them, checks
 with `verify` that every bit arrived, and kills both commands half-way to see that the second run writes only what was
 missing.  Memory is that of the process without the file's pages (RssAnon) and with them (VmHWM).  The page cache is as
-the step before leaves it, for cp as for us; our time includes the flush to disk, cp's is given with and without one.
+the step before leaves it, for cp as for us, and cp runs before and after us: its rate is that of both together.  Our
+time includes the flush to disk, cp's is given with and without one.
 Prints a table and one JSON line; deletes what it made.
 """
 
@@ -127,8 +128,9 @@ def main() -> None:
         exports = ["export", "--hf-model", hf, "--megatron-path", ckpt, "--hf-path", out, *shard]
         record: dict[str, object] = {"pattern": c.hybrid_override_pattern, "bytes": size, "workers": args.workers}
         for command, files in ((imports, hf), (exports, ckpt / "iter_0000000")):
-            copied, flushed = copy(files, again)
+            before = copy(files, again)
             ours = convert(*command)
+            copied, flushed = ((x + y) / 2 for x, y in zip(before, copy(files, again), strict=True))
             report(record, command[0], size, copied, flushed, ours)
         convert("verify", hf, ckpt)
         convert("verify", hf, out)

@@ -38,7 +38,7 @@ from nano3.hf import (
     shapes,
     small_files,
 )
-from nano3.hf_files import INDEX, SINGLE, Target, checksum, read_folder, read_header, write_safetensors
+from nano3.hf_files import INDEX, SINGLE, Target, is_file_of, read_folder, read_header, write_safetensors
 from nano3.model.layout import split_of
 from nano3.train import checkpoint
 from nano3.train.storage import (
@@ -230,7 +230,7 @@ def import_model(model: Path, out: Path, options: Options, meter: Meter) -> str:
             file,
             sum(item.bytes for item in group),
             write=lambda path, progress, group=group: list(write_file(path, group, progress)),
-            check=lambda path: [path.stat().st_size, digest(path)],
+            check=lambda path, record: [path.stat().st_size, digest(path)] == record,
         )
         for file, group in written.items()
     ]
@@ -306,8 +306,8 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
         Job(
             file,
             sum(t.bytes for t in group),
-            write=lambda path, progress, group=group: list(write_safetensors(path, group, progress)),
-            check=lambda path: list(checksum(path)),
+            write=lambda path, progress, group=group: [write_safetensors(path, group, progress)],
+            check=lambda path, record, group=group: is_file_of(path, group),
         )
         for file, group in written.items()
     ]

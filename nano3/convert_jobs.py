@@ -24,17 +24,17 @@ from nano3.config import UserError
 from nano3.hf_files import reason
 from nano3.train.storage import make_folder
 
-Record = list[int | str]  # a file's size and checksum
+Record = list[int | str]  # a file's size and, where it needs one anyway, its checksum
 
 
 class Job(NamedTuple):
-    """A file to be written.  `write` gives its record, and tells its second argument of bytes; `check` finds the
-    record of a file that exists."""
+    """A file to be written.  `write` gives its record, and tells its second argument of bytes; `check` says whether a
+    file that exists is still what the record is of."""
 
     file: str
     bytes: int  # of tensors
     write: Callable[[Path, Callable[[int], None]], Record]
-    check: Callable[[Path], Record]
+    check: Callable[[Path, Record], bool]
 
 
 class Meter:
@@ -138,7 +138,7 @@ def journalled(
     """Write the jobs' files into the folder `temporary`, then run the body, which makes something whole of them, and
     forget the journal.
 
-    Files that an earlier run finished are recognised by plan, size and checksum, and are not written again.
+    Files that an earlier run finished and that are still what it wrote are not written again.
     take_back: brings the files that had moved to their place when a run was killed back into `temporary`.  Raises
     UserError if the disk refuses, or if another process works on the same.
     """
@@ -184,7 +184,7 @@ def _finished(
 
     def sound(job: Job) -> bool:
         path, record = temporary / job.file, noted.records.get(job.file)
-        return record is not None and path.is_file() and job.check(path) == record
+        return record is not None and path.is_file() and job.check(path, record)
 
     with ThreadPoolExecutor(workers) as pool:
         kept = pool.map(sound, jobs)
