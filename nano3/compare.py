@@ -187,8 +187,13 @@ def inspect(source: Source) -> str:
         elements[t.dtype] += prod(t.shape)
         sizes[_kind(name, c)] += _bytes(source, name)
     lines += [f"{dtype:13} {n:,} elements" for dtype, n in elements.most_common()]
-    lines += [f"{kind:13} {n:,} bytes" for kind, n in sizes.items()]
-    lines.append(f"{'all':13} {sizes.total():,} bytes in {len(source.tensors):,} tensors of nano3")
+    lines += [f"{kind:13} {n:,} bytes ({n / sizes.total():.1%})" for kind, n in sizes.items()]
+    lines.append(
+        f"{'all weights':13} {sizes.total():,} bytes in {len(source.tensors):,} tensors (the experts of a layer as one)"
+    )
+    if source.state:
+        kinds = Counter(key.split(".", 1)[0] for key in source.state)
+        lines.append(f"{'optimizer':13} {sum(_bytes(source, k) for k in source.state):,} bytes: {', '.join(kinds)}")
     lines += [f"problem       {problem}" for problem in source.problems] or ["tensors       all there, none unexpected"]
     return "\n".join(lines)
 
@@ -250,8 +255,11 @@ def compare(
     """
     try:
         from transformers import NemotronHForCausalLM
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise UserError(f"compare needs transformers (pip install 'transformers>=5.17'): {error}") from None
+    transformers_logging.set_verbosity_error()  # that slower code than a kernel is in use is what is wanted here
+    transformers_logging.disable_progress_bar()
     ids = [torch.tensor([p], device=device) for p in prompts]
     ours_model = load_source(source, dtype, device)
     ours = torch.cat([ours_model.logits(ours_model(x).hidden)[0].cpu() for x in ids])

@@ -25,6 +25,7 @@ from nano3.data.loader import Batch
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.model.layout import axis_of, split_of
+from nano3.model.model import Nano3
 from nano3.parallel.layout import check_layout
 from nano3.parallel.mesh import ALONE, Mesh, lay_out
 from nano3.train import checkpoint
@@ -104,7 +105,8 @@ def batches_of(config: Config, step: int, packed: bool, dp_rank: int, dp_size: i
 @dataclass(frozen=True)
 class Case:
     """packed: rows of several documents.  starve: a selection bias keeps one expert from ever being chosen.
-    save: write a checkpoint here after the second step; load: start from that one instead."""
+    save: write a checkpoint here after the second step; load: start from that one instead, and first of all write
+    what was read into `copy`."""
 
     overrides: tuple[str, ...]
     ranks: int
@@ -112,12 +114,14 @@ class Case:
     starve: bool = False
     save: str | None = None
     load: str | None = None
+    copy: str | None = None
+    dtype: torch.dtype = torch.float64
 
 
 def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
-    """STEPS optimizer steps in float64, an evaluation, and some greedy tokens."""
+    """STEPS optimizer steps, an evaluation, and some greedy tokens."""
     parts = rank_parts(config, mesh.pp.rank)
-    model = allocate(build(config.model, config.recompute, mesh, parts), CPU, torch.float64)
+    model = allocate(build(config.model, config.recompute, mesh, parts), CPU, case.dtype)
     initialise(model, config.model, seed=5)
     if case.starve:
         for router in model.routers.values():
@@ -133,6 +137,8 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
 
     optimizer.reduced_gradients = spy
     first = checkpoint.load(case.load, "test", model, optimizer).iteration if case.load else 0
+    if case.copy:
+        save(case.copy, config, mesh, model, optimizer)
     for step in range(first, STEPS):
         rows = batches_of(config, step, case.packed, mesh.dp.rank, mesh.dp.size)
         report = training_step(model, optimizer, rows, config, mesh, config.optimizer.lr, False)
@@ -140,15 +146,19 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
         out.balance.append(report.aux)
         out.norms.append(report.grad_norm)
         if case.save and step + 1 == 2:
-            saver = checkpoint.Saver(Path(case.save), config, mesh)
-            saver.save(model, optimizer, Progress(2, 0, 0))
-            saver.wait()
+            save(case.save, config, mesh, model, optimizer)
     held_out = batches_of(config, 100, case.packed, mesh.dp.rank, mesh.dp.size)
     out.evaluation = evaluate(model, [held_out], config)
     optimizer.finish_gather()
     out.tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
     out.text = list(generate(model, [3, 1, 4, 1, 5], 3, prefill_chunk=3))
     return out, optimizer
+
+
+def save(folder: str, config: Config, mesh: Mesh, model: Nano3, optimizer: AdamW) -> None:
+    saver = checkpoint.Saver(Path(folder), config, mesh)
+    saver.save(model, optimizer, Progress(2, 0, 0))
+    saver.wait()
 
 
 def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[str, float]:
@@ -242,7 +252,7 @@ class Pool:
     def truth(self, case: Case) -> str:
         """The file with what the same run gives in one process, which is the same for all layouts of a model."""
         alone = tuple(o for o in case.overrides if not o.startswith(("parallel.", "train.")))
-        key = Case(alone, 1, case.packed, case.starve)
+        key = Case(alone, 1, case.packed, case.starve, dtype=case.dtype)
         if key not in self.truths:
             result, _ = train(key, config_for(alone), ALONE)
             path = Path(self.folder.name) / str(len(self.truths))
