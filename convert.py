@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument(
             "--dry-run",
             action="store_true",
-            help="check names, shapes, place and free space; read no tensor, write nothing",
+            help="check names, shapes, place, free space; write nothing",
         )
         c.add_argument("--workers", type=int, metavar="N", help="files at once (default: one per core, at most 8)")
         c.add_argument("--no-progress", action="store_true", help="draw no bar")

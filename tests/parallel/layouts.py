@@ -161,8 +161,9 @@ def save(folder: str, config: Config, mesh: Mesh, model: Nano3, optimizer: AdamW
     saver.wait()
 
 
-def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[str, float]:
-    """The largest relative difference of each kind between this rank's share and one process."""
+def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> tuple[dict[str, float], tuple[float, float]]:
+    """The largest relative difference of each kind between this rank's share and one process; and the loss of the last
+    step and of the evaluation."""
     mine, optimizer = train(case, config, mesh)
     steps = len(mine.losses)  # fewer than the truth's if the run began at a checkpoint
 
@@ -177,7 +178,7 @@ def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[s
     def far(a: list[float], b: list[float]) -> float:
         return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
-    return {
+    found = {
         "losses": far(mine.losses, truth.losses[-steps:]),
         "balance": far(mine.balance, truth.balance[-steps:]),
         "norms": far(mine.norms, truth.norms[-steps:]),
@@ -190,6 +191,7 @@ def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[s
         ),
         "tensors": max(distance(n, t, share(n, truth.tensors[n]), truth.tensors[n]) for n, t in mine.tensors.items()),
     }
+    return found, (mine.losses[-1], mine.evaluation)
 
 
 class Groups:
@@ -242,6 +244,7 @@ class Pool:
         self.inboxes = [context.Queue() for _ in range(world)]
         self.folder = tempfile.TemporaryDirectory()
         self.truths: dict[Case, str] = {}
+        self.last = (0.0, 0.0)  # the losses of the last step and of the evaluation of the last case
         self.processes = [
             context.Process(target=_work, args=(r, world, port, box, self.outbox), daemon=True)
             for r, box in enumerate(self.inboxes)
@@ -270,7 +273,9 @@ class Pool:
             rank, found, error = self.outbox.get(timeout=120)
             if error is not None:
                 raise RuntimeError(f"rank {rank}:\n{error}")
-            for kind, value in (found or {}).items():
+            if found is not None:
+                self.last = found[1]
+            for kind, value in (found[0] if found else {}).items():
                 worst[kind] = max(worst.get(kind, 0.0), value if value == value else float("inf"))
         return worst
 
