@@ -53,7 +53,12 @@ def kill_often(folder: Path, count: int, overrides: tuple[str, ...], seed: int =
         while not log.read_text() and time.monotonic() - began < 60:  # until the first save begins
             assert all(p.is_alive() for p in ranks), "a rank ended by itself"
             time.sleep(0.002)
-        time.sleep(draws.random() ** 2 * 0.3)  # a save takes some 30 ms, and a step as long
+        time.sleep(draws.random() * 0.2)
+        while (
+            not list(checkpoints.glob(".incomplete_*")) and time.monotonic() - began < 60
+        ):  # until the next one begins
+            time.sleep(0.001)
+        time.sleep(draws.random() * 0.04)  # it takes some 30 ms
         for p in draws.sample(ranks, 2):
             os.kill(p.pid, signal.SIGKILL)
         for p in ranks:

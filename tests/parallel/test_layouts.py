@@ -104,8 +104,8 @@ def test_recompute_repeats_the_collectives(pool: Pool, kinds: str) -> None:
 def test_a_checkpoint_of_one_layout_goes_on_in_another(
     pool: Pool, tmp_path: Path, ranks: int, layout: str, then: int, other: str
 ) -> None:
-    """In float64 as one process does; in fp32 the losses of the next step and of the evaluation are those of the run that
-    kept its layout, to 1e-6.  What was read, optimizer and all, and written again is the same to the bit."""
+    """In float64 as one process does; in fp32 the losses of the next step and of the evaluation are those of the run
+    that kept its layout, to 1e-6.  What was read, optimizer and all, and written again is the same to the bit."""
     check(pool, case(ranks, layout, save=str(tmp_path / "64")))
     check(pool, case(then, other, load=str(tmp_path / "64"), copy=str(tmp_path / "64again")))
     single = {"dtype": torch.float32}
