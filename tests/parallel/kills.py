@@ -54,9 +54,8 @@ def kill_often(folder: Path, count: int, overrides: tuple[str, ...], seed: int =
             assert all(p.is_alive() for p in ranks), "a rank ended by itself"
             time.sleep(0.002)
         time.sleep(draws.random() * 0.2)
-        while (
-            not list(checkpoints.glob(".incomplete_*")) and time.monotonic() - began < 60
-        ):  # until the next one begins
+        while not list(checkpoints.glob(".incomplete_*")):  # until the next save begins
+            assert time.monotonic() - began < 60, "nothing is saved"
             time.sleep(0.001)
         time.sleep(draws.random() * 0.04)  # it takes some 30 ms
         for p in draws.sample(ranks, 2):
