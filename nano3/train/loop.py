@@ -19,7 +19,7 @@ from nano3.data.tokenizer import load_tokenizer
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.mesh import LostContact, Mesh, lost_contact
-from nano3.train import checkpoint
+from nano3.train import checkpoint, storage
 from nano3.train.checkpoint import Saver
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
@@ -62,7 +62,8 @@ class Trainer:
     def _resumable(self) -> str | None:
         """checkpoint.load, or None when it is the still empty folder that this run saves to (so a job can restart)."""
         load, save = self.config.checkpoint.load, self.config.checkpoint.save
-        if load is not None and load == save and not any(Path(load).glob("iter_*")):
+        held = () if load is None else ("iter_*", storage.replaced_folder(Path("iter_*")).name)
+        if load is not None and load == save and not any(p for name in held for p in Path(load).glob(name)):
             return None
         return load
 

@@ -176,3 +176,11 @@ def test_a_pointer_that_is_damaged_is_named(tmp_path: Path) -> None:
         (tmp_path / POINTER).write_bytes(text)
         with pytest.raises(UserError, match="last good one is iteration 3"):
             checkpoint.find(tmp_path, "test")
+
+
+def test_a_job_that_is_killed_while_it_replaces_its_only_checkpoint_does_not_start_anew(tmp_path: Path) -> None:
+    same = [f"checkpoint.save={tmp_path}/ck", f"checkpoint.load={tmp_path}/ck", f"logger.run_dir={tmp_path}/run"]
+    trainer(*same, "train.train_iters=2").run()
+    final = tmp_path / "ck" / "iter_0000002"
+    final.rename(storage.replaced_folder(final))
+    assert trainer(*same, "train.train_iters=4").progress.iteration == 2
