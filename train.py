@@ -63,9 +63,10 @@ def main() -> int:
     try:
         if device_type == "cpu":
             keep_freed_memory()
-        status = Trainer(config, name, create_mesh(config, world, rank, local_rank)).run()
+        mesh = create_mesh(config, world, rank, local_rank)
+        status = Trainer(config, name, mesh).run()
         if world > 1:  # together: a rank that is gone too early takes its connections from the others
-            torch.distributed.barrier()
+            torch.distributed.barrier(group=mesh.host)
         return status
     except (UserError, TrainingError) as error:
         print(f"train.py: error: {f'rank {rank}: ' if world > 1 else ''}{error}", file=sys.stderr)

@@ -3,9 +3,10 @@
     python -m benchmarks.parallel [--ranks 2] [--model tiny nano-cut] [--layouts "tp=2" "ep=2" …] [--out parallel.json]
 
 Starts one torchrun per layout.  `nano-cut` is Nano at full width and fewer layers (--pattern).  Every layout trains on
-the same random tokens, --rows of them to a data-parallel rank, so dp and ep layouts do more work per step than one GPU;
-scaling is tokens/s per GPU against one GPU.  For the losses, all layouts repeat one GPU's global batch in fp32 or bf16:
-steps of a second run, --compare of them.
+the same random tokens, --rows of them to a data-parallel rank; one GPU alone trains on the same global batch, and
+scaling is tokens/s per GPU against it.  The last column is the largest relative difference of any step's loss from that
+of one GPU; its yardstick is the first line, one GPU with the other attention kernel: the same formula, rounded
+differently.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,6 +35,7 @@ from nano3.train.optim import AdamW
 from nano3.train.plan import rank_parts, uses_bf16
 from nano3.train.step import training_step
 
+WARM_UP = 3  # steps that are not timed
 CALLS = {"all_to_all_single": dist, "all_reduce": dist, "isend": dist}
 CALLS |= {"_reduce_scatter": collectives, "_all_gather": collectives}
 
@@ -43,8 +44,9 @@ def config_of(args: argparse.Namespace, layout: str) -> Config:
     settings = ["--mode", "pretrain", "--preset", "tiny" if args.model == "tiny" else "nano-30b-a3b", "dataset=mock"]
     if args.model != "tiny":
         settings += [f"model.hybrid_override_pattern={args.pattern}", f"dataset.seq_length={args.seq_length}"]
-    settings += [f"parallel.{o}" for o in layout.split()]
+    settings += [f"parallel.{o}" for o in ("tp=1", "ep=1", "pp=1", *layout.split())]
     settings += [f"train.global_batch_size={args.batch}", "train.micro_batch_size=1", f"train.device={args.device}"]
+    settings += args.set
     return resolve(parser().parse_args(settings))[0]
 
 
@@ -72,6 +74,25 @@ def count_bytes(sent: dict[str, int]) -> None:
         setattr(module, name, counting(name.lstrip("_"), getattr(module, name)))
 
 
+def wait(optimizer: AdamW) -> None:
+    """Until everything that was asked for is done."""
+    optimizer.finish_gather()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def trace(step: Callable[[], object], args: argparse.Namespace, rank: int) -> None:
+    """Write a Chrome trace of one more step, by the layout and the rank."""
+    folder = Path(args.trace)
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as recorded:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    name = f"{args.model}-{args.worker.replace(' ', '-') or 'alone'}-{rank}.json.gz"
+    recorded.export_chrome_trace(str(folder / name))
+
+
 def worker(args: argparse.Namespace) -> None:
     """One rank of one layout: trains, times, and leaves a record."""
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -84,21 +105,19 @@ def worker(args: argparse.Namespace) -> None:
     dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
     parts = rank_parts(config, mesh.pp.rank)
     model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
-    initialise(model, config.model, config.rng.seed)
-    optimizer = AdamW(model, config.optimizer)
-    losses, seconds = [], []
-    for step in range(args.steps):
-        batches = rows(config, mesh, step)
-        if cuda:
-            torch.cuda.synchronize()
-        before, begin = dict(sent), time.perf_counter()
-        report = training_step(model, optimizer, batches, config, mesh, 1e-4, False)
-        optimizer.finish_gather()
-        if cuda:
-            torch.cuda.synchronize()
-        losses.append(report.loss)
-        seconds.append(time.perf_counter() - begin)
-    step_s = statistics.median(seconds[2:])
+    initialise(model, config.model, config.rng.seed, mesh.device)
+    optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
+    data = [rows(config, mesh, step) for step in range(args.steps)]
+    losses, begin = [], 0.0
+    for step, batches in enumerate(data):
+        if step == WARM_UP:
+            wait(optimizer)
+            begin = time.perf_counter()
+        before = dict(sent)
+        # No wait between steps: the gathering of the parameters runs on into the next forward pass, as in training.
+        losses.append(training_step(model, optimizer, batches, config, mesh, 1e-4, False).loss)
+    wait(optimizer)
+    step_s = (time.perf_counter() - begin) / (args.steps - WARM_UP)
     record = {
         "model": args.model,
         "layout": args.worker or "alone",
@@ -111,15 +130,17 @@ def worker(args: argparse.Namespace) -> None:
         "losses": losses,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+    if args.trace:
+        trace(lambda: training_step(model, optimizer, data[-1], config, mesh, 1e-4, False), args, rank)
     if rank == 0:
         Path(args.record).write_text(json.dumps(record))
     if world > 1:
-        dist.barrier()
+        dist.barrier(group=mesh.host)
     sys.stdout.flush()
     os._exit(0)
 
 
-def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch: int) -> dict | None:
+def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch: int, *extra: str) -> dict | None:
     """Run one layout in processes of its own.  Returns its record, or None and the reason printed."""
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "record.json"
@@ -127,6 +148,9 @@ def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch:
         command += ["-m", "benchmarks.parallel", "--worker", layout, "--model", model, "--record", str(record)]
         for name in ("pattern", "seq_length", "steps", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        command += ["--set", *args.set, *extra]
+        if args.trace:
+            command += ["--trace", args.trace]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False, env=env)
         if not record.exists():
@@ -145,6 +169,8 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=1, help="sequences a data-parallel rank trains on per step")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--device", default="cuda")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, as of train.py")
+    p.add_argument("--trace", default="", metavar="FOLDER", help="write a Chrome trace of each run's last step there")
     p.add_argument("--out", default="", metavar="JSON")
     p.add_argument("--worker", default=None, help=argparse.SUPPRESS)
     p.add_argument("--record", default=None, help=argparse.SUPPRESS)
@@ -155,32 +181,39 @@ def main() -> None:
         worker(args)
     records = []
     head = f"{'layout':12} {'ranks':>5} {'batch':>5} {'tokens/s':>10} {'per GPU':>9} {'scaling':>8} {'GiB':>6}"
-    print(f"{'model':9} {head}  MiB handed to collectives per step; worst loss difference from one rank")
+    print(f"{'model':9} {head}  worst loss, MiB handed to collectives per step", flush=True)
+    kernel = "triton" if args.device == "cuda" else "torch"  # auto is PyTorch's for unpacked rows on a GPU
     for model in args.model:
-        alone = {}
-        for layout in args.layouts:
-            asked = dict(o.split("=") for o in layout.split())
+        alone: dict[int, dict | None] = {}
+        for layout in ["other kernel", *args.layouts]:
+            other = layout == "other kernel"
+            asked = {} if other else dict(o.split("=") for o in layout.split())
+            ranks = 1 if other else args.ranks
             dp = args.ranks // int(asked.get("tp", 1)) // int(asked.get("pp", 1))
             batch = args.rows * dp * (4 if "pp" in asked else 1)  # a pipeline needs several to be busy
             if batch not in alone:
                 alone[batch] = launch(args, model, "", 1, batch)
-                records.append(alone[batch])
-            found = launch(args, model, layout, args.ranks, batch)
-            if found is None or alone[batch] is None:
+            if alone[batch] is None:
+                break
+            base = alone[batch]
+            extra = [f"model.kernels.attention={kernel}"] if other else []
+            found = launch(args, model, "" if other else layout, ranks, batch, *extra)
+            if found is None or base is None:
                 continue
+            found["layout"] = layout or f"dp={args.ranks}"
+            found["scaling"] = found["per_gpu"] / base["per_gpu"]
+            found["worst_loss"] = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], base["losses"], strict=True))
             records.append(found)
-            pairs = zip(found["losses"], alone[batch]["losses"], strict=True)
-            worst = max(abs(a - b) / abs(b) for a, b in pairs)
             sent = " ".join(f"{k} {v:,.1f}" for k, v in found["sent_mib"].items())
-            scaling = found["per_gpu"] / alone[batch]["per_gpu"]
             print(
-                f"{model:9} {layout or 'dp=2':12} {args.ranks:5} {batch:5} {found['tokens_per_second']:10,.0f} "
-                f"{found['per_gpu']:9,.0f} {scaling:8.1%} {found['memory_gib']:6.1f}  {sent}; {worst:.1e}",
+                f"{model:9} {found['layout']:12} {ranks:5} {batch:5} {found['tokens_per_second']:10,.0f} "
+                f"{found['per_gpu']:9,.0f} {found['scaling']:8.1%} {found['memory_gib']:6.1f}  "
+                f"{found['worst_loss']:.1e}  {sent}",
                 flush=True,
             )
+        records += [r for r in alone.values() if r]
     if args.out:
-        Path(args.out).write_text(json.dumps([r for r in records if r], indent=1))
-    print(json.dumps(records[-1] if records else {}))
+        Path(args.out).write_text(json.dumps(records, indent=1))
 
 
 if __name__ == "__main__":

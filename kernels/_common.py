@@ -9,12 +9,28 @@ except ImportError:  # no wheel for this platform: everything runs in PyTorch
     triton = None
 
 INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors
+_left_free = 0
 BACKENDS = ("auto", "triton", "torch")
 
 
 def accumulate_dtype(x: Tensor) -> torch.dtype:
     """The dtype of sums, decays and states: fp32, or float64 when the input already is."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def leave_free(sms: int) -> None:
+    """Keep kernels that stay on their multiprocessor to the end (grouped products, the head's) off this many.
+
+    A collective that runs beside them occupies some, and a program that waits for one of those starts when the others
+    are done: the kernel then takes twice its time.
+    """
+    global _left_free
+    _left_free = sms
+
+
+def free_sms(device: torch.device) -> int:
+    """The multiprocessors that such a kernel may fill."""
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - _left_free)
 
 
 def use_triton(x: Tensor, backend: str = "auto") -> bool:

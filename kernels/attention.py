@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
+    from kernels._descriptors import describable
     from kernels.attention_backward import launch_key, launch_query
-    from kernels.attention_forward import describable, launch_decode, launch_forward
+    from kernels.attention_forward import launch_decode, launch_forward
 
 # What "auto" means for the plain causal square on a CUDA device, the case that cuDNN is made for.  Measured there, see
 # benchmarks/kernels_attention.py.  Packed rows, a cache and single queries are always ours: elsewhere they cost a

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels._descriptors import descriptor
+
 LOG2_E = 1.4426950408889634
 LOWEST = tl.constexpr(-1.0e30)  # a hidden score: finite, so that a row with no visible key yet gives 1 and not NaN
 
@@ -216,18 +218,12 @@ def _combine_kernel(
     tl.store(o_ptr + line.to(tl.int64) * D + d, o.to(o_ptr.dtype.element_ty), mask=d < D)
 
 
-def describable(t: Tensor) -> bool:
-    """Whether the copy engine can read (B, S, H, D) tiles of t: unit last stride, all else in multiples of 16 bytes."""
-    size = t.element_size()
-    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in t.stride()[:-1])
-
-
 def describe(t: Tensor, rows: int, width: int) -> TensorDescriptor:
     """A descriptor of t (B, S, H, D) for tiles of `rows` positions of one head; what lies outside reads as 0."""
     t = t.transpose(1, 2)
     # A dimension of length 1 may carry any stride, and the copy engine checks even that one.
     strides = [n if t.shape[i] > 1 else t.shape[-1] * t.shape[-2] * 128 for i, n in enumerate(t.stride())]
-    return TensorDescriptor(t, list(t.shape), [*strides[:3], 1], [1, 1, rows, width])
+    return descriptor(t, [1, 1, rows, width], strides=[*strides[:3], 1])
 
 
 def tile_class(q: Tensor) -> str:

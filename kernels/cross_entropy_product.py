@@ -14,6 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels._common import free_sms
+from kernels._descriptors import descriptor
+
 TILE_M, TILE_N, TILE_K, WARPS, STAGES = 128, 256, 64, 8, 3
 SHORTEST = 64  # steps along K that a piece of a tile must have to be worth its slot
 RASTER = 8  # tiles of the shorter side that are walked together, so that their operands are met again in L2
@@ -28,7 +31,8 @@ def _place(tile, tiles_m, tiles_n, RASTER: tl.constexpr):
     return band * RASTER + inside % height, inside // height
 
 
-@triton.jit
+# A sum of a single term, if compiled for K = 1, is a loop of one step that the compiler of Triton 3.6 fails on.
+@triton.jit(do_not_specialize=["K"])
 def _product_kernel(
     a_desc, b_desc, c_desc, slots_ptr, M, N, K, whole, pieces,
     A_T: tl.constexpr, B_T: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
@@ -116,7 +120,7 @@ def multiply_(
     M, N = c.shape
     K = a.shape[0] if a_t else a.shape[1]
     if programs is None:
-        programs = torch.cuda.get_device_properties(c.device).multi_processor_count
+        programs = free_sms(c.device)
     tiles = triton.cdiv(M, TILE_M) * triton.cdiv(N, TILE_N)
     rest = tiles % programs
     # With many rounds the last one hardly counts.
@@ -125,7 +129,7 @@ def multiply_(
     slots = c if whole == tiles else torch.empty(rest * pieces, TILE_M, TILE_N, dtype=torch.float32, device=c.device)
 
     def describe(t: Tensor, rows: int, cols: int) -> TensorDescriptor:
-        return TensorDescriptor(t, list(t.shape), list(t.stride()), [rows, cols])
+        return descriptor(t, [rows, cols])
 
     sizes = {"TILE_M": TILE_M, "TILE_N": TILE_N, "RASTER": RASTER}
     _product_kernel[(min(programs, whole + (tiles - whole) * pieces),)](

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._common import accumulate_dtype, triton, use_triton
+from kernels.gradient_sink import Buffer, GradientSink, divert
 
 if triton is not None:
     from kernels.grouped_gemm_configs import aligned, choose_configs
@@ -131,7 +132,7 @@ class _Experts(torch.autograd.Function):
         order: Tensor | None,
         place: Tensor | None,
         tiles: "Tiles",
-        grads: tuple[Tensor | None, Tensor | None],
+        sinks: tuple[GradientSink | None, GradientSink | None],
     ) -> Tensor:
         configs = choose_configs(x, up, down)
         weights_R = weights.flatten() if order is None else weights.flatten().index_select(0, order)
@@ -143,7 +144,7 @@ class _Experts(torch.autograd.Function):
             zero_tail(hs, tiles, tiles.block)
             zero_tail(rows, tiles)
         ctx.save_for_backward(x, weights, weights_R, up, down, order, place, hs, *tiles[:3])
-        ctx.block, ctx.configs, ctx.grads = tiles.block, configs, grads
+        ctx.block, ctx.configs, ctx.sinks = tiles.block, configs, sinks
         return rows if place is None else sum_rows(rows, place)
 
     @staticmethod
@@ -151,13 +152,13 @@ class _Experts(torch.autograd.Function):
         x, weights, weights_R, up, down, order, place, hs, *tables = ctx.saved_tensors
         tiles = Tiles(*tables, ctx.block)
         need_x, need_weights, need_up, need_down = ctx.needs_input_grad[:4]
-        (up_grad, down_grad), configs = ctx.grads, ctx.configs
+        (up_sink, down_sink), configs = ctx.sinks, ctx.configs
         dx = dweights = dup = ddown = None
         dy = dy.contiguous()
         found = {copy: _find_rows(dy, order, place, copy) for copy in {configs["ddown"].copy, configs["dH"].copy}}
         if need_down:
             dy_rows, *where = found[configs["ddown"].copy]
-            ddown = weight_gradient(dy_rows, hs, tiles, *where, True, configs["ddown"], down_grad)
+            ddown = weight_gradient(dy_rows, hs, tiles, *where, True, configs["ddown"], down_sink)
         if need_x or need_weights or need_up:
             dy_rows, *where = found[configs["dH"].copy]
             dz, part = down_rows_backward(dy_rows, weights_R, hs, down, tiles, *where, configs["dH"])
@@ -173,14 +174,8 @@ class _Experts(torch.autograd.Function):
                     dx = sum_rows(dx, place)
             if need_up:
                 x_rows, *where = _find_rows(x, order, place, configs["dup"].copy)
-                dup = weight_gradient(x_rows, dz, tiles, *where, False, configs["dup"], up_grad)
-        return (
-            dx,
-            dweights if need_weights else None,
-            None if up_grad is not None else dup,
-            None if down_grad is not None else ddown,
-            *(None,) * 4,
-        )
+                dup = weight_gradient(x_rows, dz, tiles, *where, False, configs["dup"], up_sink)
+        return dx, dweights if need_weights else None, dup, ddown, *(None,) * 4
 
 
 class _NoRows(torch.autograd.Function):
@@ -200,32 +195,19 @@ class _NoRows(torch.autograd.Function):
         return tuple(torch.zeros_like(t) if need else None for t, need in needed)
 
 
-def _check(x: Tensor, up: Tensor, down: Tensor, grads: tuple[Tensor | None, Tensor | None]) -> None:
+def _check(x: Tensor, up: Tensor, down: Tensor, *sinks: Tensor | GradientSink | None) -> list[GradientSink | None]:
     E, F_, D = up.shape
     if x.ndim != 2 or x.shape[1] != D or down.shape != (E, D, F_):
         raise ValueError(f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit together")
-    for grad, weight in zip(grads, (up, down), strict=True):
-        if grad is not None and (grad.shape != weight.shape or not grad.is_contiguous()):
+    for sink, weight in zip(sinks, (up, down), strict=True):
+        if isinstance(sink, Tensor) and (sink.shape != weight.shape or not sink.is_contiguous()):
             raise ValueError(f"a gradient buffer must be contiguous and of shape {tuple(weight.shape)}")
+    return [Buffer(sink) if isinstance(sink, Tensor) else sink for sink in sinks]
 
 
 def _on_triton(x: Tensor, up: Tensor, down: Tensor, rows: int, backend: str) -> bool:
     """The kernels want one dtype for all operands and at least one row; otherwise PyTorch goes by its own rules."""
     return use_triton(x, backend) and x.dtype == up.dtype == down.dtype and rows > 0
-
-
-class _AddGrad(torch.autograd.Function):
-    """The identity on a weight, whose gradient goes into a buffer: what the kernels do in their epilogue."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, buffer: Tensor) -> Tensor:
-        ctx.buffer = buffer
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None]:
-        ctx.buffer += grad
-        return None, None
 
 
 def experts(
@@ -238,8 +220,8 @@ def experts(
     backend: str = "auto",
     *,
     rows: int | None = None,
-    up_grad: Tensor | None = None,
-    down_grad: Tensor | None = None,
+    up_grad: Tensor | GradientSink | None = None,
+    down_grad: Tensor | GradientSink | None = None,
 ) -> Tensor:
     """x: (T, D); weights: (T, K) fp32; experts_TK: (T, K); counts: (E,); up: (E, F, D); down: (E, D, F) -> (T, D).
 
@@ -251,14 +233,14 @@ def experts(
     down projection, as Megatron does; the K rows of a token are summed in fp32.
 
     up_grad, down_grad: contiguous buffers of the weights' shape, fp32 or the weights' dtype, to which backward adds the
-    weight gradients; autograd then gets none for that weight.
+    weight gradients, or what gives one then (`gradient_sink.py`); autograd gets none for that weight.
 
     The kernels find the counts themselves and read nothing on the host, so `rows` must be right: they cannot check it
     and would read and write elsewhere.  The PyTorch path reads `counts` there, and raises ValueError where `rows` is
     not the number of ids below E.  The kernels give a routing weight of exactly 0 the gradient 0, since hs = 0 no
     longer has the activation (a sigmoid that underflows to 0 has derivative 0 anyway).
     """
-    _check(x, up, down, (up_grad, down_grad))
+    sinks = _check(x, up, down, up_grad, down_grad)
     E = up.shape[0]
     R = experts_TK.numel() if rows is None else rows
     if not 0 <= R <= experts_TK.numel():
@@ -266,14 +248,13 @@ def experts(
     if _on_triton(x, up, down, R, backend):
         x, weights, up, down = _readable(x), weights.contiguous(), up.contiguous(), down.contiguous()
         order, place, tiles = plan_rows(experts_TK, E, choose_configs(x, up, down)["up"].block_m, R)
-        return _Experts.apply(x, weights, up, down, order, place, tiles, (up_grad, down_grad))
+        return _Experts.apply(x, weights, up, down, order, place, tiles, sinks)
     on_host = R > 0 or not x.is_cuda  # a GPU without rows has no other reason to be waited for
     if on_host and (real := int((experts_TK < E).sum())) != R:
         raise ValueError(f"rows={rows}, but {real} of {experts_TK.numel()} ids are below {E}; pass rows={real}")
+    up, down = map(divert, (up, down), sinks)
     if R == 0:
-        up, down = (w if g is None else w.detach() for w, g in ((up, up_grad), (down, down_grad)))
         return _NoRows.apply(x, weights, up, down)
-    up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
     order, place = sort_by_expert(experts_TK, R)
     rows_RD = _Gather.apply(x, order, place)
     return _Combine.apply(_mlp_torch(rows_RD, weights.flatten()[order], counts, up, down), order, place)
@@ -287,8 +268,8 @@ def grouped_mlp(
     down: Tensor,
     backend: str = "auto",
     *,
-    up_grad: Tensor | None = None,
-    down_grad: Tensor | None = None,
+    up_grad: Tensor | GradientSink | None = None,
+    down_grad: Tensor | GradientSink | None = None,
 ) -> Tensor:
     """The experts on rows that are in expert order already: what a rank computes after tokens were dispatched to it.
 
@@ -296,12 +277,12 @@ def grouped_mlp(
     Rows beyond that sum may hold anything: their results and gradients are zero.  Returns (R, D), not yet summed over
     a token's K rows.  Gradient buffers, and what is read on the host, are as for `experts`.
     """
-    _check(rows, up, down, (up_grad, down_grad))
+    sinks = _check(rows, up, down, up_grad, down_grad)
     if _on_triton(rows, up, down, rows.shape[0], backend):
         rows, row_weights, up, down = _readable(rows), row_weights.contiguous(), up.contiguous(), down.contiguous()
         tiles = tiles_from_counts(counts, rows.shape[0], choose_configs(rows, up, down)["up"].block_m)
-        return _Experts.apply(rows, row_weights, up, down, None, None, tiles, (up_grad, down_grad))
-    up, down = (w if g is None else _AddGrad.apply(w, g) for w, g in ((up, up_grad), (down, down_grad)))
+        return _Experts.apply(rows, row_weights, up, down, None, None, tiles, sinks)
+    up, down = map(divert, (up, down), sinks)
     return _mlp_torch(rows, row_weights, counts, up, down)
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels._common import INTERPRET
+from kernels._common import INTERPRET, free_sms
+from kernels._descriptors import descriptor
 
 
 class Config(NamedTuple):
@@ -42,7 +43,7 @@ HOPPER_GATHER = {
 # a stage less because its epilogue needs shared memory for hs.
 _ALL_TMA = Config(128, 256, 64, 8, 4, copy=True, store=True, split=2)
 HOPPER_COPY = _same(_ALL_TMA) | {"dH": _ALL_TMA._replace(stages=3)}
-HOPPER = HOPPER_GATHER  # HOPPER_COPY has not been timed yet; by what the sweeps say it should be faster
+HOPPER = HOPPER_COPY
 BLACKWELL = HOPPER_GATHER | {"dH": Config(128, 128, 64, 8, 3)}  # the epilogue of the wider tile spills there
 SMALL_SHARED = _same(Config(128, 128, 32, 8, 3, flatten=False))  # sm_80, sm_120: no TMA or 99 KiB
 UNALIGNED = _same(Config(64, 64, 32, 8, 2, flatten=False))  # element by element: correct, and rarely wanted
@@ -83,14 +84,14 @@ def describe(x: Tensor, rows: int, cols: int) -> TensorDescriptor | None:
     """A descriptor of the matrices of contiguous x (.., rows, cols) stacked into one; None where TMA cannot read it."""
     if not cols or not tma_reads(x):
         return None
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [rows, cols])
+    return descriptor(x.view(-1, x.shape[-1]), [rows, cols])
 
 
 def describe_matrices(x: Tensor, rows: int, cols: int) -> TensorDescriptor | None:
     """A descriptor of x (E, M, N) that stores blocks (1, rows, cols) and stops at each matrix's edges."""
-    return TensorDescriptor.from_tensor(x, [1, rows, cols]) if tma_reads(x) else None
+    return descriptor(x, [1, rows, cols]) if tma_reads(x) else None
 
 
 def resident_programs(x: Tensor, per_sm: int) -> int:
     """As many as run at once.  3 under the interpreter: enough that a program has several tiles."""
-    return 3 if INTERPRET else per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 3 if INTERPRET else per_sm * free_sms(x.device)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels._descriptors import descriptor
 from kernels.grouped_gemm_configs import tma_reads
 
 LIMIT = tl.constexpr(1 << 30)
@@ -27,7 +28,8 @@ def describe_ragged(x: Tensor, rows: int, cols: int) -> TensorDescriptor | None:
     if not tma_reads(x) or not cols:
         return None
     stride, limit = x.stride(0), LIMIT.value
-    return TensorDescriptor(x, [_ANY, _ANY, limit, x.shape[1]], [2**34 - stride, stride, stride, 1], [1, 1, rows, cols])
+    shape, strides = [_ANY, _ANY, limit, x.shape[1]], [2**34 - stride, stride, stride, 1]
+    return descriptor(x, [1, 1, rows, cols], shape, strides)
 
 
 @triton.jit

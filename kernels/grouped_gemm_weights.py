@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gradient_sink import GradientSink
 from kernels.grouped_gemm_configs import Config, describe, describe_matrices, resident_programs
 from kernels.grouped_gemm_ragged import describe_ragged, halves, load_ragged
 from kernels.permute import Tiles
@@ -164,15 +165,16 @@ def weight_gradient(
     top_k: int,
     left: bool,
     c: Config,
-    buffer: Tensor | None = None,
-) -> Tensor:
-    """(E, M, N) in the operands' dtype, or the same added to `buffer`, which is returned.
+    sink: GradientSink | None = None,
+) -> Tensor | None:
+    """(E, M, N) in the operands' dtype, or None, and the same is in the sink's buffer.
 
     gathered: (T, width), whose row order_r // K goes with row r of fixed (R, width); order None: row r itself, as after
     copy_rows, which the configurations with `copy` expect.
     left: the gathered operand gives M, otherwise N.
     """
     E = tiles.offsets_E1.numel() - 1
+    buffer, add = (None, False) if sink is None else sink.open()
     if buffer is not None and gathered.element_size() == 2:
         # The sum so far passes through shared memory in fp32, half a tile at a time, and through registers beside the
         # accumulators: there is no room for extra columns, for a fourth stage of all-TMA loads or for a TMA store.
@@ -193,8 +195,11 @@ def weight_gradient(
     _weights_kernel[(programs,)](
         gathered, gathered_desc, fixed, desc, extra_desc, out, out_desc, order, tiles.offsets_E1, gathered.stride(0),
         E=E, E_PAD=triton.next_power_of_2(E), M=M, N=N, TOP_K=top_k, GATHER=order is not None, LEFT=left,
-        TMA=desc is not None, ACCUMULATE=buffer is not None, PRECISION="ieee",
+        TMA=desc is not None, ACCUMULATE=add, PRECISION="ieee",
         BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
         BLOCK_K=c.block_k, SPLIT=c.split, num_warps=c.warps, num_stages=stages,
     )  # fmt: skip
-    return out
+    if sink is None:
+        return out
+    sink.close()
+    return None

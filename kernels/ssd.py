@@ -151,9 +151,11 @@ class _SSD(torch.autograd.Function):
         dlast = None if dlast is None else dlast.contiguous()
         steps = ssd_steps.prepare(dt, A, dt_bias, ctx.dt_limit, seq_idx, tiles)
         states, _, dstates, dfirst = ssd_forward.carry_states(x, B, C, steps, tiles, first, dy, dlast)
-        dx, dCB, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles)
+        dx, dCB, own, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles)
         dB, dC, through = ssd_backward.dB_and_dC(x, dy, B, C, dCB, steps, states, dstates, flows, tiles)
-        ddt, (dA, dD, dbias) = ssd_steps.ddt_and_parameters(dt, A, dt_bias, ctx.dt_limit, steps, flows, through, tiles)
+        ddt, (dA, dD, dbias) = ssd_steps.ddt_and_parameters(
+            dt, A, dt_bias, ctx.dt_limit, steps, own, flows, through, tiles
+        )
         dfirst = None if first is None else dfirst.to(first.dtype)
         return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dbias.to(dt_bias.dtype), None, None, dfirst
 

@@ -18,6 +18,9 @@ diagonal, in one program.
 Launches: `_prepare_kernel`, `_states_kernel` (S again and dS together), `_dx_kernel` (dx, dCB, what ddt needs of them),
 `_dBC_kernel` (dB, dC, r, keep <dS, S>), `_ddt_kernel`, and one sum over chunks for A, D and dt_bias.
 No atomics: every sum has one owner and one order.
+
+Two programs of `_dx_kernel` and of `_dBC_kernel` share a multiprocessor, if none takes more than half of its 64 K
+registers and 228 KB of shared memory: 255 a thread, 113 KB a program.  That shapes the code of the first.
 """
 
 import torch
@@ -25,11 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._common import INTERPRET
+from kernels._descriptors import describable, descriptor
 from kernels.ssd_forward import load_rows
 from kernels.ssd_steps import (
     ACROSS,
+    COLUMNS,
     DECAY,
-    DIRECT,
     ENTER,
     FLOWS,
     FROM_START,
@@ -37,32 +42,55 @@ from kernels.ssd_steps import (
     LARGEST,
     LEAVE,
     MIDDLE,
-    NET,
+    ROWS,
     SKIP,
     SOURCE,
     STEP,
-    TINY,
     TO_END,
     Steps,
     Tiles,
 )
 
+DESCRIPTORS = True  # x, dy and dS through tensor descriptors in `_dx_kernel`; False: by pointers everywhere
+
 # --- dx and dCB ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_head(
+    ptr, desc, b, h, start, head_stride, token_stride, S,
+    P: tl.constexpr, BLOCK_P: tl.constexpr, R: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """[R, BLOCK_P]: R tokens of one head from `start` on, zeros past the row's end.  ptr: the row's first token.
+
+    Through a descriptor it costs no registers for addresses and masks, by pointers some forty a thread.
+    """
+    if TMA:
+        tile = desc.load([b, start, h, 0]).reshape([R, BLOCK_P])
+    else:
+        r = tl.arange(0, R)
+        tile = load_rows(ptr + h * head_stride, start, token_stride, S, r, tl.arange(0, BLOCK_P), P)
+    return tile
 
 
 @triton.jit
 def _dx_block(
     x_ptr,
+    x_desc,
     dy_ptr,
+    dy_desc,
     B_ptr,
     C_ptr,
     D_ptr,
     vectors_ptr,
     dstates_ptr,
+    dstates_desc,
     dx_ptr,
     dCB_ptr,
+    own_ptr,
     flows_ptr,
     idx_ptr,
+    b,
     item,
     chunk,
     g,
@@ -81,8 +109,9 @@ def _dx_block(
     R: tl.constexpr,
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Rows j: the first or second block of a chunk.  Columns i: the same tokens, and for the first the second's."""
+    """dx of one block of tokens j, and what its block on the diagonal (i in it, too) adds to dCB and the flows."""
     Q: tl.constexpr = 2 * R
     half: tl.constexpr = 0 if FIRST else R
     r = tl.arange(0, R)
@@ -96,93 +125,153 @@ def _dx_block(
     diagonal = r[:, None] == r[None, :]
     if HAS_IDX:
         idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
-        match = idx[:, None] == idx[None, :]
-        visible = visible & match
+        visible = visible & (idx[:, None] == idx[None, :])
     BC = tl.dot(B, tl.trans(C), input_precision="ieee")  # [R, N] @ [N, R]
     own = tl.sum(tl.where(diagonal, BC, 0.0), axis=1)
+    tl.store(own_ptr + half + r, own)
     BC = tl.where(visible, BC, 0.0)
     dBC = tl.zeros([R, R], dtype=tl.float32)
     down = tl.zeros([R], dtype=tl.float32)  # its diagonal, by itself: there a - log2(dt) would lose digits of dt
     if FIRST:
         C_right = load_rows(C_ptr, later, C_token, S, r, n, N)
-        dBC_right = tl.zeros([R, R], dtype=tl.float32)
+        BC_right = tl.dot(B, tl.trans(C_right), input_precision="ieee")
         if HAS_IDX:
             idx_right = tl.load(idx_ptr + later + r, mask=r < S - later, other=-1)
-            match_right = idx[:, None] == idx_right[None, :]
-    state_offset = p[:, None] * BLOCK_N + n[None, :]
+            BC_right = tl.where(idx[:, None] == idx_right[None, :], BC_right, 0.0)
     real = (r < S - start)[:, None]
     if P != BLOCK_P:
         real = real & (p < P)[None, :]
-    for k in tl.range(0, SHARE, num_stages=STAGES):
+    first_vector = (item * H + g * SHARE).to(tl.int64)
+    vectors_ptr += first_vector * (KINDS * Q) + half
+    flows_ptr += first_vector * (FLOWS * Q) + half
+    for k in tl.range(0, SHARE, num_stages=STAGES, disable_licm=True):
         h = g * SHARE + k
-        vector = (item * H + h).to(tl.int64)
-        p_v = vectors_ptr + vector * (KINDS * Q) + half + r
-        p_f = flows_ptr + vector * (FLOWS * Q) + half + r
-        x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
-        # Registers are scarce: values are loaded where they are used, sums of M come before the product that needs the
-        # mixing tile, the block to the right before anything else that adds to dx, and its C B^T is made again here.
+        p_v = vectors_ptr + k * (KINDS * Q) + r
+        p_f = flows_ptr + k * (FLOWS * Q) + r
+        # Registers are scarce: values are loaded where they are used, and the sums of M come before dx exists.
+        x = _load_head(x_ptr, x_desc, b, h, start, x_head, x_token, S, P, BLOCK_P, R, TMA)
+        dy = _load_head(dy_ptr, dy_desc, b, h, start, P, H * P, S, P, BLOCK_P, R, TMA)
+        a = tl.load(p_v + DECAY * Q)
+        source = tl.load(p_v + SOURCE * Q)
+        G = tl.dot(x, tl.trans(dy), input_precision="ieee")  # [j, i]: [R, P] @ [P, R]
+        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
+        tl.store(p_f + SKIP * Q, skip)
+        L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
+        dBC += G * L
+        L = BC * L  # in this order: where BC is 0 because i < j, G L may be infinite
+        G = G * L  # M
+        tl.store(p_f + COLUMNS * Q, tl.sum(G, axis=0))
+        tl.store(p_f + ROWS * Q, tl.sum(G, axis=1))
+        step = tl.load(p_v + STEP * Q)
+        down += skip * step
+        # dx += (own step + D) dy: on the diagonal of the product that dx needs anyway, where it is rounded to dy's
+        # dtype; what the rounding took away is a second product.  With dy in registers instead, there are too few.
+        straight = own * step + tl.load(D_ptr + h).to(tl.float32)
+        L = tl.where(diagonal, straight[:, None], L)
+        dx = tl.dot(L.to(dy.dtype), dy, input_precision="ieee")  # [R, R] @ [R, P]
+        if dy.dtype != tl.float32:
+            straight -= straight.to(dy.dtype).to(tl.float32)
+            L = tl.where(diagonal, straight[:, None], 0.0)
+            dx = tl.dot(L.to(dy.dtype), dy, dx, input_precision="ieee")
         if FIRST:
             before = tl.load(p_v + MIDDLE * Q)
             after = tl.load(p_v + (MIDDLE * Q + R))
-            dy_right = load_rows(dy_ptr + h * P, later, H * P, S, r, p, P)
-            L = before[:, None] * after[None, :]
-            G = tl.dot(x, tl.trans(dy_right), input_precision="ieee") * L  # [j, i]: [R, P] @ [P, R]
-            dBC_right += G
-            BC_right = tl.dot(B, tl.trans(C_right), input_precision="ieee")  # [R, N] @ [N, R]
-            if HAS_IDX:
-                BC_right = tl.where(match_right, BC_right, 0.0)
-            G = G * BC_right  # M
-            crossing = tl.sum(G, axis=1)
-            tl.store(p_f + ACROSS * Q, crossing)
-            tl.store(p_f + (ACROSS * Q + R), tl.sum(G, axis=0))
-            L = L * BC_right
-            dx = tl.dot(L.to(x.dtype), dy_right, input_precision="ieee")  # [R, R] @ [R, P]
+            dy_right = _load_head(dy_ptr, dy_desc, b, h, later, P, H * P, S, P, BLOCK_P, R, TMA)
+            L = BC_right * (before[:, None] * after[None, :])
+            dx = tl.dot(L.to(dy.dtype), dy_right, dx, input_precision="ieee")
+        if TMA:
+            dstate = dstates_desc.load([(item * H + h) * BLOCK_P, 0])  # [P, N]
         else:
-            dx = tl.zeros([R, BLOCK_P], dtype=tl.float32)
-            crossing = tl.zeros([R], dtype=tl.float32)
-        dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
+            vector = (item * H + h).to(tl.int64)
+            dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + (p[:, None] * BLOCK_N + n[None, :]))
         to_end = tl.load(p_v + TO_END * Q)
         dx += tl.dot(B, tl.trans(dstate), input_precision="ieee") * to_end[:, None]  # [R, N] @ [N, P]
-        step = tl.load(p_v + STEP * Q)
-        D = tl.load(D_ptr + h).to(tl.float32)
-        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
-        dx += dy.to(tl.float32) * (own * step + D)[:, None]
-        a = tl.load(p_v + DECAY * Q)
-        source = tl.load(p_v + SOURCE * Q)
-        G = tl.dot(x, tl.trans(dy), input_precision="ieee")
-        skip = tl.sum(tl.where(diagonal, G, 0.0), axis=1)
-        L = tl.exp2(tl.minimum(a[None, :] - source[:, None], LARGEST))  # wrong, but finite, for i < j
-        dBC += G * L
-        down += skip * step
-        L = BC * L
-        G = G * L
-        columns = tl.sum(G, axis=1)
-        tl.store(p_f + NET * Q, tl.sum(G, axis=0) - columns)
-        dx = tl.dot(L.to(x.dtype), dy, dx, input_precision="ieee")
-        inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
-        tl.store(p_f + DIRECT * Q, (columns + crossing) * inverse + own * skip)
-        tl.store(p_f + SKIP * Q, skip)
         tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + (r[:, None] * (H * P) + p[None, :]), dx, mask=real)
     out = dCB_ptr + half * Q + half + r[:, None] * Q + r[None, :]
-    element: tl.constexpr = dCB_ptr.dtype.element_ty
-    tl.store(out, tl.where(visible, dBC, tl.where(diagonal, down[:, None], 0.0)).to(element))
-    if FIRST:
-        if HAS_IDX:
-            dBC_right = tl.where(match_right, dBC_right, 0.0)
-        tl.store(out + R, dBC_right.to(element))
+    tl.store(out, tl.where(visible, dBC, tl.where(diagonal, down[:, None], 0.0)).to(dCB_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _across_block(
+    x_ptr,
+    x_desc,
+    dy_ptr,
+    dy_desc,
+    B_ptr,
+    C_ptr,
+    vectors_ptr,
+    dCB_ptr,
+    flows_ptr,
+    idx_ptr,
+    b,
+    item,
+    chunk,
+    g,
+    S,
+    H: tl.constexpr,
+    x_token: tl.constexpr,
+    x_head,
+    B_token: tl.constexpr,
+    C_token: tl.constexpr,
+    HAS_IDX: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    R: tl.constexpr,
+    SHARE: tl.constexpr,
+    STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """What the block off the diagonal, j in the chunk's first half and i in its second, adds to dCB and the flows."""
+    Q: tl.constexpr = 2 * R
+    r = tl.arange(0, R)
+    n = tl.arange(0, BLOCK_N)
+    start = chunk * Q
+    later = start + R
+    B = load_rows(B_ptr, start, B_token, S, r, n, N)
+    C = load_rows(C_ptr, later, C_token, S, r, n, N)
+    BC = tl.dot(B, tl.trans(C), input_precision="ieee")  # [R, N] @ [N, R]
+    if HAS_IDX:
+        idx = tl.load(idx_ptr + start + r, mask=r < S - start, other=-1)
+        idx_right = tl.load(idx_ptr + later + r, mask=r < S - later, other=-1)
+        match = idx[:, None] == idx_right[None, :]
+        BC = tl.where(match, BC, 0.0)
+    dBC = tl.zeros([R, R], dtype=tl.float32)
+    for k in tl.range(0, SHARE, num_stages=STAGES):
+        h = g * SHARE + k
+        vector = (item * H + h).to(tl.int64)
+        p_v = vectors_ptr + vector * (KINDS * Q) + MIDDLE * Q + r
+        p_f = flows_ptr + vector * (FLOWS * Q) + ACROSS * Q + r
+        x = _load_head(x_ptr, x_desc, b, h, start, x_head, x_token, S, P, BLOCK_P, R, TMA)
+        dy = _load_head(dy_ptr, dy_desc, b, h, later, P, H * P, S, P, BLOCK_P, R, TMA)
+        before = tl.load(p_v)
+        after = tl.load(p_v + R)
+        G = tl.dot(x, tl.trans(dy), input_precision="ieee") * (before[:, None] * after[None, :])  # [j, i]
+        dBC += G
+        G = G * BC  # M
+        tl.store(p_f, tl.sum(G, axis=1))
+        tl.store(p_f + R, tl.sum(G, axis=0))
+    if HAS_IDX:
+        dBC = tl.where(match, dBC, 0.0)
+    tl.store(dCB_ptr + R + r[:, None] * Q + r[None, :], dBC.to(dCB_ptr.dtype.element_ty))
 
 
 @triton.jit
 def _dx_kernel(
     x_ptr,
+    x_desc,
     dy_ptr,
+    dy_desc,
     B_ptr,
     C_ptr,
     D_ptr,
     vectors_ptr,
     dstates_ptr,
+    dstates_desc,
     dx_ptr,
     dCB_ptr,
+    own_ptr,
     flows_ptr,
     idx_ptr,
     S,
@@ -206,13 +295,15 @@ def _dx_kernel(
     R: tl.constexpr,
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """One program: one block of R tokens, the SHARE heads of one group.
+    """One program: the SHARE heads of one group, and dx of R tokens or the block of a chunk between its two halves.
 
-    x, B, C strided; dy, dx (B, S, H, P) contiguous; dCB (B, chunks, G, Q, Q), [.., j, i], blocks i >= j only.
+    x, B, C strided; dy, dx (B, S, H, P) contiguous; dCB (B, chunks, G, Q, Q), [.., j, i], blocks i >= j only;
+    own (B, chunks, G, Q): B_j . C_j.
     """
-    first = tl.program_id(0) % 2 == 0
-    g = tl.program_id(0) // 2
+    role = tl.program_id(0) % 3
+    g = tl.program_id(0) // 3
     item = tl.program_id(1)
     row = item // n_chunks
     chunk = item % n_chunks
@@ -222,17 +313,26 @@ def _dx_kernel(
     B = B_ptr + b * B_batch + g * B_group
     C = C_ptr + b * C_batch + g * C_group
     dx = dx_ptr + b * S * H * P
-    dCB = dCB_ptr + (item * (H // SHARE) + g).to(tl.int64) * (4 * R * R)
+    group = (item * (H // SHARE) + g).to(tl.int64)
+    dCB = dCB_ptr + group * (4 * R * R)
+    own = own_ptr + group * (2 * R)
     idx = idx_ptr + b * idx_batch
-    if first:
+    if role == 0:
         _dx_block(
-            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token,
-            x_head, B_token, C_token, True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+            x, x_desc, dy, dy_desc, B, C, D_ptr, vectors_ptr, dstates_ptr, dstates_desc, dx, dCB, own, flows_ptr, idx,
+            row, item, chunk, g, S, H, x_token, x_head, B_token, C_token, True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R,
+            SHARE, STAGES, TMA,
+        )  # fmt: skip
+    elif role == 1:
+        _dx_block(
+            x, x_desc, dy, dy_desc, B, C, D_ptr, vectors_ptr, dstates_ptr, dstates_desc, dx, dCB, own, flows_ptr, idx,
+            row, item, chunk, g, S, H, x_token, x_head, B_token, C_token, False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R,
+            SHARE, STAGES, TMA,
         )  # fmt: skip
     else:
-        _dx_block(
-            x, dy, B, C, D_ptr, vectors_ptr, dstates_ptr, dx, dCB, flows_ptr, idx, item, chunk, g, S, H, x_token,
-            x_head, B_token, C_token, False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        _across_block(
+            x, x_desc, dy, dy_desc, B, C, vectors_ptr, dCB, flows_ptr, idx, row, item, chunk, g, S, H, x_token, x_head,
+            B_token, C_token, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES, TMA,
         )  # fmt: skip
 
 
@@ -240,83 +340,25 @@ def _dx_kernel(
 
 
 @triton.jit
-def _dB_block(
-    x_ptr,
-    B_ptr,
-    C_ptr,
-    vectors_ptr,
-    dstates_ptr,
-    dCB_ptr,
-    dB_ptr,
-    flows_ptr,
-    item,
-    chunk,
-    g,
-    S,
-    H: tl.constexpr,
-    x_token: tl.constexpr,
-    x_head,
-    B_token: tl.constexpr,
-    C_token: tl.constexpr,
-    FIRST: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    R: tl.constexpr,
-    SHARE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dB_j = sum_i dCB_ji C_i + sum_h w_j x_j dS for one block of tokens j, and e_j."""
-    Q: tl.constexpr = 2 * R
-    half: tl.constexpr = 0 if FIRST else R
-    r = tl.arange(0, R)
-    p = tl.arange(0, BLOCK_P)
-    n = tl.arange(0, BLOCK_N)
-    begin = chunk * Q
-    start = begin + half
-    dCB = tl.load(dCB_ptr + (half + r)[:, None] * Q + half + r[None, :])  # [j, i]
-    C = load_rows(C_ptr, start, C_token, S, r, n, N)
-    dB = tl.dot(dCB, C, input_precision="ieee")  # [R, R] @ [R, N]
-    if FIRST:
-        dCB = tl.load(dCB_ptr + r[:, None] * Q + R + r[None, :])
-        C = load_rows(C_ptr, begin + R, C_token, S, r, n, N)
-        dB = tl.dot(dCB, C, dB, input_precision="ieee")
-    B = load_rows(B_ptr, start, B_token, S, r, n, N)
-    state_offset = p[:, None] * BLOCK_N + n[None, :]
-    for k in tl.range(0, SHARE, num_stages=STAGES):
-        h = g * SHARE + k
-        vector = (item * H + h).to(tl.int64)
-        to_end = tl.load(vectors_ptr + vector * (KINDS * Q) + (TO_END * Q + half) + r)
-        x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)
-        dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        part = tl.dot(x, dstate, input_precision="ieee") * to_end[:, None]  # [R, P] @ [P, N]
-        dB += part
-        tl.store(flows_ptr + vector * (FLOWS * Q) + (LEAVE * Q + half) + r, tl.sum(part * B.to(tl.float32), axis=1))
-    mask = (r < S - start)[:, None]
-    if N != BLOCK_N:
-        mask = mask & (n < N)[None, :]
-    groups = H // SHARE
-    tl.store(dB_ptr + (start.to(tl.int64) * groups + g) * N + r[:, None] * (groups * N) + n[None, :], dB, mask=mask)
-
-
-@triton.jit
-def _dC_block(
-    dy_ptr,
-    B_ptr,
-    C_ptr,
+def _dBC_block(
+    value_ptr,
+    value_token: tl.constexpr,
+    value_head,
+    own_ptr,
+    own_token: tl.constexpr,
+    other_ptr,
+    other_token: tl.constexpr,
     vectors_ptr,
     states_ptr,
     dCB_ptr,
-    dC_ptr,
+    out_ptr,
     flows_ptr,
     item,
     chunk,
     g,
     S,
     H: tl.constexpr,
-    B_token: tl.constexpr,
-    C_token: tl.constexpr,
+    KEYS: tl.constexpr,
     FIRST: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
@@ -326,38 +368,45 @@ def _dC_block(
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dC_i = sum_j dCB_ji B_j + sum_h u_i dy_i S for one block of tokens i, and r_i."""
+    """KEYS: dB_j = sum_i dCB_ji C_i + sum_h w_j x_j dS for one block of tokens j, and e_j.  Otherwise its mirror image
+    dC_i = sum_j dCB_ji B_j + sum_h u_i dy_i S for one block of tokens i, and r_i.
+
+    own: B for dB, C for dC; other: the other one; value and states: x and dS, or dy and S.
+    """
     Q: tl.constexpr = 2 * R
     half: tl.constexpr = 0 if FIRST else R
+    weight: tl.constexpr = TO_END if KEYS else FROM_START
+    flow: tl.constexpr = LEAVE if KEYS else ENTER
     r = tl.arange(0, R)
     p = tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     begin = chunk * Q
     start = begin + half
-    # Read as [i, j]: the transposition is in the addresses.
-    dCB = tl.load(dCB_ptr + half * Q + half + r[:, None] + r[None, :] * Q)
-    B = load_rows(B_ptr, start, B_token, S, r, n, N)
-    dC = tl.dot(dCB, B, input_precision="ieee")  # [R, R] @ [R, N]
-    if not FIRST:
-        dCB = tl.load(dCB_ptr + half + r[:, None] + r[None, :] * Q)
-        B = load_rows(B_ptr, begin, B_token, S, r, n, N)
-        dC = tl.dot(dCB, B, dC, input_precision="ieee")
-    C = load_rows(C_ptr, start, C_token, S, r, n, N)
+    # dC reads dCB as [i, j]: the transposition is in the addresses.
+    at = r[:, None] * Q + r[None, :] if KEYS else r[:, None] + r[None, :] * Q
+    dCB = tl.load(dCB_ptr + (half * Q + half) + at)
+    other = load_rows(other_ptr, start, other_token, S, r, n, N)
+    out = tl.dot(dCB, other, input_precision="ieee")  # [R, R] @ [R, N]
+    if FIRST == KEYS:  # the block off the diagonal: j in the first half, i in the second
+        dCB = tl.load(dCB_ptr + R + at)
+        other = load_rows(other_ptr, begin + (R if KEYS else 0), other_token, S, r, n, N)
+        out = tl.dot(dCB, other, out, input_precision="ieee")
+    own = load_rows(own_ptr, start, own_token, S, r, n, N)
     state_offset = p[:, None] * BLOCK_N + n[None, :]
     for k in tl.range(0, SHARE, num_stages=STAGES):
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
-        from_start = tl.load(vectors_ptr + vector * (KINDS * Q) + (FROM_START * Q + half) + r)
-        dy = load_rows(dy_ptr + h * P, start, H * P, S, r, p, P)
+        scale = tl.load(vectors_ptr + vector * (KINDS * Q) + (weight * Q + half) + r)
+        value = load_rows(value_ptr + h * value_head, start, value_token, S, r, p, P)
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        part = tl.dot(dy, state, input_precision="ieee") * from_start[:, None]  # [R, P] @ [P, N]
-        dC += part
-        tl.store(flows_ptr + vector * (FLOWS * Q) + (ENTER * Q + half) + r, tl.sum(part * C.to(tl.float32), axis=1))
+        part = tl.dot(value, state, input_precision="ieee") * scale[:, None]  # [R, P] @ [P, N]
+        out += part
+        tl.store(flows_ptr + vector * (FLOWS * Q) + (flow * Q + half) + r, tl.sum(part * own.to(tl.float32), axis=1))
     mask = (r < S - start)[:, None]
     if N != BLOCK_N:
         mask = mask & (n < N)[None, :]
     groups = H // SHARE
-    tl.store(dC_ptr + (start.to(tl.int64) * groups + g) * N + r[:, None] * (groups * N) + n[None, :], dC, mask=mask)
+    tl.store(out_ptr + (start.to(tl.int64) * groups + g) * N + r[:, None] * (groups * N) + n[None, :], out, mask=mask)
 
 
 @triton.jit
@@ -433,24 +482,24 @@ def _dBC_kernel(
     dC = dC_ptr + b * S * groups * N
     dCB = dCB_ptr + (item * groups + g).to(tl.int64) * (4 * R * R)
     if role == 0:
-        _dB_block(
-            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token,
-            C_token, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        _dBC_block(
+            x, x_token, x_head, B, B_token, C, C_token, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g,
+            S, H, True, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 1:
-        _dB_block(
-            x, B, C, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g, S, H, x_token, x_head, B_token,
-            C_token, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        _dBC_block(
+            x, x_token, x_head, B, B_token, C, C_token, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g,
+            S, H, True, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 2:
-        _dC_block(
-            dy, B, C, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g, S, H, B_token, C_token,
-            True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        _dBC_block(
+            dy, H * P, P, C, C_token, B, B_token, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g,
+            S, H, False, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     elif role == 3:
-        _dC_block(
-            dy, B, C, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g, S, H, B_token, C_token,
-            False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
+        _dBC_block(
+            dy, H * P, P, C, C_token, B, B_token, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g,
+            S, H, False, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
     else:
         _through_block(
@@ -459,6 +508,17 @@ def _dBC_kernel(
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
+
+
+def _reads_by_descriptor(*tensors: Tensor) -> bool:
+    """Whether tiles of these (B, S, H, P) come through tensor descriptors: where the copy engine is, in 16 bits (fp32
+    products spill on what it lays out), with all strides in multiples of 16 bytes.
+    """
+    able = DESCRIPTORS and all(describable(t) for t in tensors)
+    if not able or INTERPRET:
+        return able
+    x = tensors[0]
+    return x.element_size() == 2 and torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def dx_and_dCB(
@@ -471,20 +531,27 @@ def dx_and_dCB(
     dstates: Tensor,
     seq_idx: Tensor | None,
     tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dCB (B, chunks, G, Q, Q) in x's dtype, and the flows, of which LEAVE and ENTER are still to be written."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dCB (B, chunks, G, Q, Q) in x's dtype, own (B, chunks, G, Q), and the flows (LEAVE and ENTER unwritten)."""
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
     n_chunks = triton.cdiv(S, tiles.Q)
     dx = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
     dCB = torch.empty(Bt, n_chunks, G, tiles.Q, tiles.Q, device=x.device, dtype=x.dtype)
+    own = torch.empty(Bt, n_chunks, G, tiles.Q, device=x.device, dtype=torch.float32)
     flows = torch.empty(Bt, n_chunks, H, FLOWS.value, tiles.Q, device=x.device, dtype=torch.float32)
-    _dx_kernel[(2 * G, Bt * n_chunks)](
-        x, dy, B, C, D, steps.vectors, dstates, dx, dCB, flows, x if seq_idx is None else seq_idx, S, H, n_chunks,
+    descriptors = [None] * 3
+    if tma := _reads_by_descriptor(x, dy):
+        block = [1, tiles.R, 1, tiles.P]
+        descriptors = [descriptor(t, block) for t in (x, dy)]
+        descriptors.append(descriptor(dstates.view(-1, tiles.N), [tiles.P, tiles.N]))
+    _dx_kernel[(3 * G, Bt * n_chunks)](
+        x, descriptors[0], dy, descriptors[1], B, C, D, steps.vectors, dstates, descriptors[2], dx, dCB, own, flows,
+        x if seq_idx is None else seq_idx, S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
         C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
-        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, num_warps=tiles.warps,
+        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, TMA=tma, num_warps=tiles.warps,
     )  # fmt: skip
-    return dx, dCB, flows
+    return dx, dCB, own, flows
 
 
 def dB_and_dC(

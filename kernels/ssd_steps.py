@@ -23,13 +23,13 @@ LARGEST = tl.constexpr(126.0)  # exponents are cut here so that masked-out pairs
 
 # Rows of the flows, (B, chunks, H, FLOWS, Q) in fp32: what the large kernels leave for `_ddt_kernel`.
 FLOWS = tl.constexpr(6)
-DIRECT, NET, ACROSS, SKIP, LEAVE, ENTER = (tl.constexpr(i) for i in range(6))
-# DIRECT  gradient of dt_j inside the chunk, decays held fixed
-# NET     row sums minus column sums of M, of the two blocks on the diagonal
-# ACROSS  of the block between them: column sums in the first half of the chunk, row sums in the second
-# SKIP    x_j . dy_j
-# LEAVE   e_j, towards the state
-# ENTER   r_i, from the state
+ROWS, COLUMNS, ACROSS, SKIP, LEAVE, ENTER = (tl.constexpr(i) for i in range(6))
+# ROWS     row sums of M, of the two blocks on the diagonal
+# COLUMNS  their column sums, over the very same numbers
+# ACROSS   of the block between them: row sums in the first half of the chunk, column sums in the second
+# SKIP     x_j . dy_j
+# LEAVE    e_j, towards the state
+# ENTER    r_i, from the state
 
 
 class Tiles(NamedTuple):
@@ -194,6 +194,7 @@ def _ddt_kernel(
     A_ptr,
     bias_ptr,
     vectors_ptr,
+    own_ptr,
     flows_ptr,
     through_ptr,
     ddt_ptr,
@@ -201,6 +202,7 @@ def _ddt_kernel(
     S,
     H,
     n_chunks,
+    share,
     dt_batch,
     dt_token,
     low,
@@ -228,15 +230,20 @@ def _ddt_kernel(
     step = tl.load(vectors_ptr + vector[:, None] * (KINDS * Q) + STEP * Q + q[None, :], mask=some, other=0.0)
     leave = tl.load(p_f + LEAVE * Q, mask=some, other=0.0)
     skip = tl.load(p_f + SKIP * Q, mask=some, other=0.0)
-    crossing = tl.load(p_f + NET * Q, mask=some, other=0.0) + tl.load(p_f + ENTER * Q, mask=some, other=0.0)
+    rows = tl.load(p_f + ROWS * Q, mask=some, other=0.0)
+    columns = tl.load(p_f + COLUMNS * Q, mask=some, other=0.0)
+    crossing = (columns - rows) + tl.load(p_f + ENTER * Q, mask=some, other=0.0)
     across = tl.load(p_f + ACROSS * Q, mask=some, other=0.0)
     through = tl.load(through_ptr + vector, mask=heads, other=0.0)
     flow = tl.cumsum(crossing, axis=1, reverse=True) + (tl.cumsum(leave, axis=1) - leave) + through[:, None]
     from_first = tl.cumsum(across, axis=1) - across
     to_second = tl.cumsum(across, axis=1, reverse=True)
-    flow += tl.where((q < R)[None, :], from_first, to_second)
+    first = (q < R)[None, :]
+    flow += tl.where(first, from_first, to_second)
     inverse = tl.where(step > TINY, 1.0 / tl.maximum(step, TINY), 0.0)  # a step of 0 has a softplus of slope 0
-    dstep = tl.load(p_f + DIRECT * Q, mask=some, other=0.0) + leave * inverse + A[:, None] * flow
+    group = (item * (H // share)).to(tl.int64) + h // share
+    own = tl.load(own_ptr + group[:, None] * Q + q[None, :], mask=some, other=0.0)
+    dstep = (rows + tl.where(first, across, 0.0) + leave) * inverse + own * skip + A[:, None] * flow
     at = row.to(tl.int64) * S + chunk * Q
     p_dt = (
         dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
@@ -262,6 +269,7 @@ def ddt_and_parameters(
     dt_bias: Tensor,
     dt_limit: tuple[float, float],
     steps: Steps,
+    own: Tensor,
     flows: Tensor,
     through: Tensor,
     tiles: Tiles,
@@ -273,7 +281,8 @@ def ddt_and_parameters(
     parts = torch.empty(3, Bt * n_chunks, H, device=dt.device, dtype=torch.float32)
     block = min(16, triton.next_power_of_2(H))
     _ddt_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
-        dt, A, dt_bias, steps.vectors, flows, through, ddt, parts, S, H, n_chunks, dt.stride(0), dt.stride(1),
-        *dt_limit, CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block, num_warps=4,
+        dt, A, dt_bias, steps.vectors, own, flows, through, ddt, parts, S, H, n_chunks, H // own.shape[2],
+        dt.stride(0), dt.stride(1), *dt_limit, CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block,
+        num_warps=4,
     )  # fmt: skip
     return ddt, parts.sum(1)

@@ -242,6 +242,7 @@ class ParallelConfig:
     virtual_pp: int = 1  # parts a stage is cut into, which shortens the pipeline's idle time (interleaved 1F1B)
     stages: list[int] | None = None  # layers of each of the pp * virtual_pp parts; None: cut by cost
     grad_reduce_in_fp32: bool = True  # False: gradients travel in bf16, and are summed in it
+    communication_sms: int = 0  # multiprocessors that NCCL may take and our resident kernels leave; 0: no limits
 
 
 @dataclass(kw_only=True)

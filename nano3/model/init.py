@@ -1,7 +1,7 @@
 """Initialisation as NVIDIA trains (Megatron's rules), independent of the layout.
 
-Every tensor is drawn whole from a generator seeded by (seed, its name, the expert's number), on the CPU: any rank can
-draw its slice of any tensor alone, a GPU gets the numbers a CPU gets, and adding a layer changes no other.
+Every tensor is drawn whole from a generator seeded by (seed, its name, the expert's number), by default on the CPU: any
+rank can draw its slice of any tensor alone, a GPU gets the numbers a CPU gets, and adding a layer changes no other.
 """
 
 from __future__ import annotations
@@ -24,24 +24,31 @@ def dtype_of(name: str, compute: torch.dtype) -> torch.dtype:
     return torch.promote_types(compute, torch.float32) if name.rsplit(".", 1)[-1] in FP32 else compute
 
 
-def generator(seed: int, *key: object) -> torch.Generator:
-    """A CPU generator that is a pure function of (seed, key)."""
+def generator(seed: int, *key: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that is a pure function of (seed, key), and of the kind of device: GPUs count differently."""
     digest = hashlib.sha256("/".join(map(str, (seed, *key))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw(name: str, shape: torch.Size, c: ModelConfig, seed: int, expert: int | None = None) -> Tensor:
-    """The initial value of one tensor (of one expert, for the fused expert tensors), in fp32.
+def draw(
+    name: str,
+    shape: torch.Size,
+    c: ModelConfig,
+    seed: int,
+    expert: int | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The initial value of one tensor (of one expert, for the fused expert tensors), in fp32, drawn on `device`.
 
     Embedding and head N(0, s); matrices N(0, s), s = c.init_std; those that write into the residual stream
     N(0, s / sqrt(layers)); convolution U(-1/sqrt(width), 1/sqrt(width)), weight and bias; A_log = log U(1, 16); D = 1;
     dt_bias the inverse softplus of a log-uniform step; norms 1; selection bias 0.
     """
-    g = generator(seed, name) if expert is None else generator(seed, name, expert)
+    g = generator(seed, name, device=device) if expert is None else generator(seed, name, expert, device=device)
     leaf, parent = name.rsplit(".", 1)[-1], name.rsplit(".", 2)[-2] if "." in name else ""
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(shape, generator=g) * (high - low) + low
+        return torch.rand(shape, generator=g, device=device) * (high - low) + low
 
     if leaf == "A_log":
         return uniform(1.0, 16.0).log()
@@ -49,13 +56,13 @@ def draw(name: str, shape: torch.Size, c: ModelConfig, seed: int, expert: int | 
         step = uniform(math.log(c.time_step_min), math.log(c.time_step_max)).exp().clamp_min(c.time_step_floor)
         return step + (-torch.expm1(-step)).log()  # softplus of this is the step
     if leaf == "D" or parent in ("norm", "norm_f"):
-        return torch.ones(shape)
+        return torch.ones(shape, device=device)
     if leaf == "e_score_correction_bias":
-        return torch.zeros(shape)
+        return torch.zeros(shape, device=device)
     if parent == "conv1d":
         return uniform(-(c.conv_kernel**-0.5), c.conv_kernel**-0.5)
     std = c.init_std / math.sqrt(c.num_hidden_layers) if name.endswith(OUTPUTS) else c.init_std
-    return torch.randn(shape, generator=g) * std
+    return torch.randn(shape, generator=g, device=device) * std
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -77,16 +84,19 @@ def allocate(model: nn.Module, device: torch.device, compute: torch.dtype) -> nn
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, c: ModelConfig, seed: int) -> nn.Module:
-    """Draw every tensor of an allocated model, one at a time (one expert at a time), and keep this rank's part."""
+def initialise(model: nn.Module, c: ModelConfig, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+    """Draw every tensor of an allocated model, one at a time (one expert at a time), and keep this rank's part.
+
+    device: where the numbers are drawn.  On a GPU it takes seconds, not minutes, for a large model, and gives others.
+    """
     shapes = whole_shapes(c)
     for name, tensor in named_tensors(model).items():
         split = split_of(name, c, model.mesh.tp.size)
         axis = axis_of(split, model.mesh)
         if ".experts." in name:
             for e in range(tensor.shape[0]):
-                tensor[e].copy_(draw(name, tensor.shape[1:], c, seed, expert=axis.rank * tensor.shape[0] + e))
+                tensor[e].copy_(draw(name, tensor.shape[1:], c, seed, axis.rank * tensor.shape[0] + e, device))
         else:
-            whole = draw(name, shapes[name], c, seed)
+            whole = draw(name, shapes[name], c, seed, device=device)
             tensor.copy_(whole if split is None else split.take(whole, axis))
     return model

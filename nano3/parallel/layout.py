@@ -142,6 +142,11 @@ def check_layout(config: Config, world: int) -> Layout:
             f"parallel.virtual_pp={p.virtual_pp} cuts pipeline stages into parts, and parallel.pp=1 has none; "
             "set parallel.pp above 1 or parallel.virtual_pp=1"
         )
+    if not 0 <= p.communication_sms <= 64:
+        raise UserError(
+            f"parallel.communication_sms={p.communication_sms} is not a number of multiprocessors between 0 and 64; "
+            "0 sets no limit"
+        )
     layout = Layout.of(config, world)
     against = objections(config, layout)
     if not against:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
+from kernels._common import leave_free
 from nano3.config import Config, UserError
 from nano3.parallel.layout import AXES, Layout, check_layout, kv_copies
 
@@ -84,6 +86,9 @@ def create_mesh(config: Config, world: int, rank: int, local_rank: int) -> Mesh:
     device = pick_device(config.train.device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if world > 1 and device.type == "cuda" and config.parallel.communication_sms:
+        os.environ.setdefault("NCCL_MAX_CTAS", str(config.parallel.communication_sms))
+        leave_free(config.parallel.communication_sms)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
     return lay_out(config, layout, rank, device)
@@ -111,9 +116,23 @@ def lay_out(config: Config, layout: Layout, rank: int, device: torch.device) -> 
         for ranks in layout.groups("pp"):
             following = zip(ranks, ranks[1:] + ranks[:1], strict=True)
             for a, b in list(following) if config.parallel.virtual_pp > 1 else list(following)[:-1]:
-                for key in ((a, b, "F"), (b, a, "B")):
+                for source, target, direction in ((a, b, "F"), (b, a, "B")):
                     group = dist.new_group([a, b])
                     if rank in (a, b):
-                        channels[key] = group
+                        channels[source, target, direction] = group
+                        _open(group, source, target, rank, device)
     host = dist.new_group(list(range(layout.world)), backend="gloo") if layout.world > 1 else None
     return Mesh(rank, layout.world, device, layout, **axes, host=host, channels=channels)
+
+
+def _open(channel: dist.ProcessGroup, source: int, target: int, rank: int, device: torch.device) -> None:
+    """Send a first message.
+
+    NCCL makes a connection at its first message, and each end waits there for the other.  The schedules of two ranks
+    begin with different channels, so all are opened before, in one order for all ranks.
+    """
+    token = torch.zeros(1, device=device)
+    if rank == source:
+        dist.send(token, target, group=channel)
+    else:
+        dist.recv(token, source, group=channel)

@@ -120,6 +120,33 @@ def test_only_gradients_that_are_asked_for(frozen: tuple[int, ...], device: str)
         assert leaf.grad is None or relative_error(leaf.grad, true) < FP32
 
 
+class Counting:
+    """A sink whose buffer means nothing until the first gradient is in it."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.sums, self.closed = torch.full_like(like, torch.nan), 0
+
+    def open(self) -> tuple[torch.Tensor, bool]:
+        return self.sums, self.closed > 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "torch"])
+def test_the_first_gradient_of_a_sink_overwrites(backend: str, device: str) -> None:
+    inputs, experts_TK = make(12, 16, 20, 4, 2, device), choices(12, 2, 4, "few").to(device)
+    counts = torch.bincount(experts_TK.flatten(), minlength=4)
+    leaves = [t.clone().requires_grad_() for t in inputs[:4]]
+    sinks = {"up_grad": Counting(leaves[2]), "down_grad": Counting(leaves[3])}
+    for rounds in (1, 2):
+        y = experts(leaves[0], leaves[1], experts_TK, counts, *leaves[2:], backend=backend, **sinks)
+        y.backward(inputs[4])
+        for sink, true in zip(sinks.values(), truth(inputs, experts_TK)[3:], strict=True):
+            assert sink.closed == rounds
+            assert relative_error(sink.sums, rounds * true) < FP32
+
+
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "torch"])
 def test_weight_gradients_add_up_in_a_buffer(backend: str, device: str) -> None:
     inputs, experts_TK = make(11, 16, 20, 4, 2, device), choices(11, 2, 4, "few").to(device)

@@ -94,6 +94,12 @@ def kernel(*arguments):
     return ssd(*arguments, backend="triton")
 
 
+def one_rounding(dtype: torch.dtype) -> float:
+    """The relative error of rounding many numbers to dtype: 1.7e-3 for bf16."""
+    many = torch.randn(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return relative_error(many.to(dtype), many)
+
+
 def check(s: Shape, device: str, dtype: torch.dtype, y_grad: bool = True, last_grad: bool = True) -> None:
     drawn = draw(s, device)
     dy = drawn["dy"].to(dtype) if y_grad else None
@@ -110,8 +116,9 @@ def check(s: Shape, device: str, dtype: torch.dtype, y_grad: bool = True, last_g
             limit = max(1e-5, relative_error(b, t))
         else:
             # Eager computes in fp32 and rounds its result once.  The kernel rounds operands of its products too, as
-            # every bf16 product does, and the states between chunks; twice one rounding bounds fp32 results as well.
-            limit = 2 * max(relative_error(b, t), relative_error(t.to(dtype), t))
+            # every bf16 product does, and the states between chunks.  Twice one rounding bounds fp32 results as well,
+            # and gradients of a few numbers (dA), of which eager's may by luck be rounded twice as well as on average.
+            limit = 2 * max(relative_error(b, t), one_rounding(dtype))
         assert error <= limit, f"{name}: relative error {error:.1e} > {limit:.1e}"
 
 
@@ -224,7 +231,7 @@ GPU_CASES = [
     Shape(S=500, H=4, P=128, G=1, N=256),
     Shape(S=300, H=4, P=16, G=2, N=16),
     Shape(S=500, H=16, P=64, G=2, N=128, decay=(10.0, 20.0), initial=False),
-    Shape(S=500, H=16, P=64, G=2, N=128, decay=(1e-4, 1e-3)),
+    Shape(S=500, H=64, P=64, G=2, N=128, decay=(1e-4, 1e-3)),
     Shape(S=500, H=16, P=64, G=2, N=128, limit=(0.1, 1.0)),
 ]
 

@@ -1,9 +1,13 @@
 """The same run on the GPU: kernels on, against the CPU in fp32."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from nano3.cli import parser, resolve
+from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.mesh import Mesh
 from nano3.train.loop import Trainer
 from tests.oracles import CPU
@@ -11,11 +15,14 @@ from tests.oracles import CPU
 STEPS = 20
 
 
-def losses(device: str, precision: str) -> list[float]:
+def trainer_on(device: str, precision: str, *overrides: str) -> Trainer:
     args = ["--mode", "pretrain", "--preset", "tiny", f"train.device={device}", f"train.precision={precision}"]
-    config, name = resolve(parser().parse_args(args))
-    mesh = Mesh(0, 1, torch.device(device), None)
-    trainer = Trainer(config, name, mesh)
+    config, name = resolve(parser().parse_args([*args, *overrides]))
+    return Trainer(config, name, Mesh(device=torch.device(device)))
+
+
+def losses(device: str, precision: str) -> list[float]:
+    trainer = trainer_on(device, precision)
     trainer.first, trainer.saved = 0, None
     return [trainer._step()[0].loss for _ in range(STEPS)]
 
@@ -26,28 +33,28 @@ def truth() -> list[float]:
     return losses("cpu", "fp32")
 
 
-def errors(precision: str, truth: list[float]) -> list[float]:
+def errors(device: str, precision: str, truth: list[float]) -> list[float]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = [abs(a - b) / b for a, b in zip(losses("cuda", precision), truth, strict=True)]
-    print(f"{precision}: {' '.join(f'{e:.0e}' for e in found)}")
+    found = [abs(a - b) / b for a, b in zip(losses(device, precision), truth, strict=True)]
+    print(f"{device} {precision}: {' '.join(f'{e:.0e}' for e in found)}")
     return found
 
 
 @pytest.mark.gpu
 def test_twenty_steps_of_tiny_in_fp32_give_the_cpus_losses(truth: list[float]) -> None:
-    assert max(errors("fp32", truth)) <= 1e-5
+    assert max(errors("cuda", "fp32", truth)) <= 1e-5
 
 
 @pytest.mark.gpu
 def test_twenty_steps_of_tiny_in_bf16_follow_the_cpus_losses(truth: list[float]) -> None:
-    """1e-3 at the first step, where only the forward pass counts, and again on average over the last ten.
+    """1e-3 at the first step, where only the forward pass counts; over all steps twice what eager bf16 differs by.
 
-    In between the loss falls by a quarter in three steps of Adam at 1e-4, whose updates are a third of a bf16 unit of
-    the weights they move: what rounds up at once and what a step later differs there by up to 2 %, and evens out.
+    The loss falls by a quarter in three of these steps of Adam at 1e-4, whose updates are a third of a bf16 unit of the
+    weights they move: what rounds up at once and what a step later differs there by up to 3 %, kernels or not.
     """
-    found = errors("bf16", truth)
-    assert found[0] <= 1e-3
-    assert sum(found[-10:]) / 10 <= 1e-3
+    ours, eager = (errors(device, "bf16", truth) for device in ("cuda", "cpu"))
+    assert ours[0] <= 1e-3
+    assert sum(ours) <= 2 * sum(eager)
 
 
 @pytest.mark.gpu
@@ -56,8 +63,27 @@ def test_two_runs_on_the_gpu_are_equal_to_the_bit() -> None:
 
 
 @pytest.mark.gpu
+def test_resume_on_the_gpu_is_bitwise(tmp_path: Path) -> None:
+    def run(folder: str, *overrides: str) -> Trainer:
+        fixed = ["train.train_iters=20", "validation.eval_interval=0", "checkpoint.save_interval=10"]
+        trainer = trainer_on("cuda", "bf16", f"logger.run_dir={tmp_path / folder}", *fixed, *overrides)
+        trainer.run()
+        return trainer
+
+    straight = run("straight")
+    resumed = run("resumed", f"checkpoint.load={tmp_path / 'straight' / 'checkpoints' / 'iter_0000010'}")
+    for (n, a), b in zip(named_tensors(straight.model).items(), named_tensors(resumed.model).values(), strict=True):
+        assert torch.equal(a, b), n
+    ours, theirs = straight.optimizer.state(), resumed.optimizer.state()
+    assert all(torch.equal(theirs[n][k], v) for n, kept in ours.items() for k, v in kept.items())
+    logs = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("straight", "resumed")]
+    losses = [[json.loads(line)["loss"] for line in log if '"train"' in line] for log in logs]
+    assert len(losses[1]) == 10
+    assert losses[0][10:] == losses[1]
+
+
+@pytest.mark.gpu
 def test_initial_values_on_the_gpu_are_the_cpus() -> None:
-    from nano3.model.init import allocate, initialise, named_tensors
     from nano3.train.checkpoint import build
     from tests.oracles import GOLDEN
 
