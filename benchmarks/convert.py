@@ -6,7 +6,8 @@
 Makes random weights in the released layout (names, shapes, dtypes, shards), times cp, import and export of them, checks
 with `verify` that every bit arrived, and kills both commands half-way to see that the second run writes only what was
 missing.  Memory is that of the process without the file's pages (RssAnon) and with them (VmHWM).  The page cache is as
-the step before leaves it, for cp as for us; our time includes the flush to disk, cp's is given with and without one.
+the step before leaves it, for cp as for us, and cp runs before and after us: its rate is that of both together.  Our
+time includes the flush to disk, cp's is given with and without one.
 Prints a table and one JSON line; deletes what it made.
 """
 
@@ -77,9 +78,18 @@ def copy(source: Path, target: Path) -> tuple[float, float]:
     return copied, flushed
 
 
-def convert(*args: str | Path, stop_at: tuple[Path, int] | None = None) -> dict[str, float]:
+def finished(journal: Path) -> int:
+    """The bytes of the files that a journal calls finished."""
+    try:
+        lines = journal.read_text().splitlines()
+        return sum(json.loads(line).get("record", [0])[0] for line in lines if line.endswith("}"))
+    except OSError:
+        return 0
+
+
+def convert(*args: str | Path, stop_at: tuple[Path, float] | None = None) -> dict[str, float]:
     """Run convert.py; memory in bytes, seconds in all and as it says itself.  stop_at: a journal, and the number of
-    finished files in it at which the process is killed."""
+    finished bytes in it at which the process is killed."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     start = time.perf_counter()
     p = subprocess.Popen([sys.executable, ROOT / "convert.py", *args], stdout=subprocess.PIPE, env=env, text=True)
@@ -92,7 +102,7 @@ def convert(*args: str | Path, stop_at: tuple[Path, int] | None = None) -> dict[
         for key in peak:
             if match := re.search(rf"{key}:\s+(\d+) kB", status):
                 peak[key] = max(peak[key], int(match[1]) * 1024)
-        if stop_at is not None and stop_at[0].exists() and stop_at[0].read_text().count("record") >= stop_at[1]:
+        if stop_at is not None and finished(stop_at[0]) >= stop_at[1]:
             p.send_signal(signal.SIGKILL)
         time.sleep(0.02)
     text = p.communicate()[0]
@@ -127,8 +137,9 @@ def main() -> None:
         exports = ["export", "--hf-model", hf, "--megatron-path", ckpt, "--hf-path", out, *shard]
         record: dict[str, object] = {"pattern": c.hybrid_override_pattern, "bytes": size, "workers": args.workers}
         for command, files in ((imports, hf), (exports, ckpt / "iter_0000000")):
-            copied, flushed = copy(files, again)
+            before = copy(files, again)
             ours = convert(*command)
+            copied, flushed = ((x + y) / 2 for x, y in zip(before, copy(files, again), strict=True))
             report(record, command[0], size, copied, flushed, ours)
         convert("verify", hf, ckpt)
         convert("verify", hf, out)
@@ -137,8 +148,7 @@ def main() -> None:
         shutil.rmtree(ckpt)
         journals = {"import": ckpt / ".incomplete_iter_0000000.journal", "export": out / ".incomplete.journal"}
         for command, files in ((imports, ckpt / "iter_0000000"), (exports, out)):
-            half = max(1, round(size / args.shard / 1e9) // 2)
-            convert(*command, stop_at=(journals[command[0]], half))
+            convert(*command, stop_at=(journals[command[0]], size / 2))
             second = convert(*command)
             print(f"{command[0]} killed half-way: the second run wrote {second['bytes'] / size:.0%}", flush=True)
             record[f"{command[0]}_second_run"] = second["bytes"] / size

@@ -24,6 +24,8 @@ from nano3.train.checkpoint import build
 from nano3.train.plan import parameters
 from nano3.train.storage import MANIFEST, POINTER
 
+STATE = ("exp_avg.", "exp_avg_sq.", "master.")  # how the keys of optimizer state begin
+
 
 def open_any(
     path: str, strict: bool = True, drop_mtp: bool = False, revision: str | None = None, setting: str = ""
@@ -38,20 +40,30 @@ def open_any(
 
 @dataclass
 class Comparison:
-    """The outcome of `verify`.  differences: one line each, at most so many as were asked for."""
+    """The outcome of `verify`.  differences: one line each.  left_out: what there was nothing to compare with."""
 
-    tensors: int = 0  # by our names
-    bytes: int = 0
+    tensors: int = 0  # by our names, in either
+    bytes: int = 0  # compared
     differing: int = 0  # tensors
     differences: list[str] = field(default_factory=list)
+    left_out: str = ""
 
     @property
     def identical(self) -> bool:
         return not self.differences
 
+    def __str__(self) -> str:
+        what = f"{self.tensors:,} tensors, {self.bytes:,} bytes{self.left_out}"
+        if self.identical:
+            return f"identical to the bit: {what}"
+        return f"different: {self.differing:,} of {what}" if self.differing else f"same tensors ({what}), but see above"
+
 
 def verify(a: Source, b: Source, workers: int = 2, meter: Meter | None = None) -> Comparison:
-    """Compare two models tensor by tensor, from disk, bit by bit, in the memory of a few buffers."""
+    """Compare two models tensor by tensor, from disk, bit by bit, in the memory of a few buffers.
+
+    Two training checkpoints are the same only if their optimizer states are.
+    """
     out = Comparison()
     for key in GEOMETRY:
         here, there = getattr(a.config, key), getattr(b.config, key)
@@ -59,11 +71,14 @@ def verify(a: Source, b: Source, workers: int = 2, meter: Meter | None = None) -
             out.differences.append(f"configuration: {key} is {here} in A and {there} in B")
     for letter, source in (("A", a), ("B", b)):
         out.differences += [f"{letter}: {problem}" for problem in source.problems]
-    names = list(a.tensors.keys() | b.tensors.keys())
-    both = [n for n in a.tensors if n in b.tensors]
-    for name in sorted(set(names) - set(both)):
-        where = "A" if name in a.tensors else "B"
-        out.differences.append(f"{released_name(name)} is only in {where}")
+    here, there = {**a.tensors}, {**b.tensors}
+    if a.state and b.state:
+        here, there = here | a.state, there | b.state
+    elif a.state or b.state:
+        out.left_out = f"; the optimizer state in {'A' if a.state else 'B'} has no counterpart and was not compared"
+    both = [n for n in here if n in there]
+    for name in sorted(here.keys() ^ there.keys()):
+        out.differences.append(f"{_shown(name)} is only in {'A' if name in here else 'B'}")
 
     found = []
     if meter is not None:
@@ -73,21 +88,26 @@ def verify(a: Source, b: Source, workers: int = 2, meter: Meter | None = None) -
             found.append(line)
             if meter is not None:
                 meter.advance(_bytes(a, name))
-    out.tensors, out.bytes = len(both), sum(_bytes(a, n) for n in both)
-    out.differing = sum(map(bool, found)) + len(names) - len(both)
+    out.tensors, out.bytes = len(here.keys() | there.keys()), sum(_bytes(a, n) for n in both)
+    out.differing = sum(map(bool, found)) + len(here.keys() ^ there.keys())
     out.differences += filter(None, found)
     return out
 
 
 def _bytes(source: Source, name: str) -> int:
-    t = source.tensors[name]
+    t = source[name]
     return prod(t.shape) * BITS[t.dtype] // 8
+
+
+def _shown(name: str, expert: int | None = None) -> str:
+    """A tensor as in the released files; optimizer state by its key."""
+    return name if name.startswith(STATE) else released_name(name, expert)
 
 
 def difference(a: Source, b: Source, name: str) -> str:
     """What differs between two sources in one tensor: dtype, shape, or the first element and how many; else nothing."""
-    here, there = a.tensors[name], b.tensors[name]
-    shown = released_name(name)
+    here, there = a[name], b[name]
+    shown = _shown(name)
     if here.shape != there.shape:
         return f"{shown}: shape {list(here.shape)} in A, {list(there.shape)} in B"
     if here.dtype != there.dtype:
@@ -100,14 +120,16 @@ def difference(a: Source, b: Source, name: str) -> str:
             first = at + int(differ[0]) if first is None else first
             count += len(differ)
         at += len(x) // width
+    if at != prod(here.shape):
+        raise UserError(f"{shown}: {at:,} of {prod(here.shape):,} elements could be read; a file is damaged")
     if first is None:
         return ""
     place = tuple(int(i) for i in np.unravel_index(first, here.shape))
     box = tuple(slice(i, i + 1) for i in place)
     values = [source.read(name, box).item() for source in (a, b)]
     bits = [_bits(source.read(name, box)) for source in (a, b)]
-    if is_experts(name):
-        shown, place = released_name(name, place[0]), place[1:]
+    if is_experts(name) and not name.startswith(STATE):
+        shown, place = _shown(name, place[0]), place[1:]
     where = ", ".join(map(str, place))
     return (
         f"{shown} ({here.dtype}): {count:,} of {at:,} elements differ, the first at [{where}]: "
@@ -165,8 +187,13 @@ def inspect(source: Source) -> str:
         elements[t.dtype] += prod(t.shape)
         sizes[_kind(name, c)] += _bytes(source, name)
     lines += [f"{dtype:13} {n:,} elements" for dtype, n in elements.most_common()]
-    lines += [f"{kind:13} {n:,} bytes" for kind, n in sizes.items()]
-    lines.append(f"{'all':13} {sizes.total():,} bytes in {len(source.tensors):,} tensors of nano3")
+    lines += [f"{kind:13} {n:,} bytes ({n / sizes.total():.1%})" for kind, n in sizes.items()]
+    lines.append(
+        f"{'all weights':13} {sizes.total():,} bytes in {len(source.tensors):,} tensors (the experts of a layer as one)"
+    )
+    if source.state:
+        kinds = Counter(key.split(".", 1)[0] for key in source.state)
+        lines.append(f"{'optimizer':13} {sum(_bytes(source, k) for k in source.state):,} bytes: {', '.join(kinds)}")
     lines += [f"problem       {problem}" for problem in source.problems] or ["tensors       all there, none unexpected"]
     return "\n".join(lines)
 
@@ -228,8 +255,11 @@ def compare(
     """
     try:
         from transformers import NemotronHForCausalLM
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise UserError(f"compare needs transformers (pip install 'transformers>=5.17'): {error}") from None
+    transformers_logging.set_verbosity_error()  # that slower code than a kernel is in use is what is wanted here
+    transformers_logging.disable_progress_bar()
     ids = [torch.tensor([p], device=device) for p in prompts]
     ours_model = load_source(source, dtype, device)
     ours = torch.cat([ours_model.logits(ours_model(x).hidden)[0].cpu() for x in ids])

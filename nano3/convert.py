@@ -11,19 +11,21 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from nano3.config import ModelConfig, UserError
-from nano3.convert_jobs import Job, Meter, journalled
+from nano3.convert_jobs import Job, Meter, Written, check_space, journal_of, journal_says, journalled
 from nano3.hf import (
     FLOATS,
     FP32,
+    GEOMETRY,
     Part,
     Source,
     Stored,
@@ -36,7 +38,7 @@ from nano3.hf import (
     shapes,
     small_files,
 )
-from nano3.hf_files import INDEX, SINGLE, Target, checksum, read_folder, read_header, write_safetensors
+from nano3.hf_files import INDEX, SINGLE, Target, is_file_of, read_folder, read_header, write_safetensors
 from nano3.model.layout import split_of
 from nano3.train import checkpoint
 from nano3.train.storage import (
@@ -44,6 +46,7 @@ from nano3.train.storage import (
     MANIFEST,
     NAMES,
     POINTER,
+    Entry,
     FileRecord,
     Item,
     Manifest,
@@ -54,13 +57,17 @@ from nano3.train.storage import (
     manifest_of,
     read_manifest,
     temporary_folder,
+    verify,
     write_file,
 )
 
 IMPORT_SHARD = 2_000_000_000  # bytes; a killed run repeats at most one file per worker
 EXPORT_SHARD = 5_000_000_000  # as released
 INCOMPLETE = ".incomplete"  # where an export lies, in its folder, until it is whole
-READY = ".ready"  # in there: whole, and being moved to its place
+STALE = (  # of an older model in the folder of an export: would be read together with the new one
+    *("*.safetensors", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.*", "merges.txt", "chat_template*", "*.tiktoken"),
+)
 T = TypeVar("T")
 Stamp = list[tuple[str, int, int]]  # files with sizes and times
 
@@ -93,18 +100,33 @@ def components(name: str, rows: int, c: ModelConfig) -> list[tuple[str, int, int
 def open_checkpoint(path: str | Path, setting: str, strict: bool = True) -> tuple[Source, Manifest]:
     """The weights in a checkpoint of ours as a source, and its manifest.
 
-    Reads the manifest and headers, no tensor, and no checksum.  strict: see `open_model`.
+    Reads the manifest, headers and the small files, no tensor and no checksum of one.  strict: see `open_model`.
     """
     folder = checkpoint.find(path, setting)
     checkpoint.refuse_adapters(folder, setting)
     manifest = read_manifest(folder, setting)
+    tensor_files = sorted({chunk.file for entry in manifest.tensors.values() for chunk in entry.chunks})
+    small = {name: record for name, record in manifest.files.items() if name not in tensor_files}
+    verify(folder, replace(manifest, files=small), setting)
     try:
         config = checkpoint.read_config(folder).model
         config.validate()
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {folder / 'config.yaml'} cannot be read: {' '.join(str(error).split())}") from None
-    spans = {file: read_header(folder / file) for file in manifest.files}
+    spans = {file: read_header(folder / file) for file in tensor_files}
+
+    def parts_of(entry: Entry, base: int = 0) -> Iterator[Part]:
+        """base: the row of the tensor at which the entry begins."""
+        for chunk in entry.chunks:
+            span = spans[chunk.file].get(chunk.name)
+            if span is None or (span.shape, span.dtype) != (chunk.shape, NAMES[entry.dtype]):
+                raise UserError(f"{setting}: {folder / chunk.file} does not hold {chunk.name} as {MANIFEST} says")
+            yield Part(span, (chunk.offsets[0] + base, *chunk.offsets[1:]), chunk.shape)
+
     entries = {k: e for k, e in manifest.tensors.items() if k.startswith("model.")}
+    state = {
+        k: Stored(NAMES[e.dtype], e.shape, list(parts_of(e))) for k, e in manifest.tensors.items() if k not in entries
+    }
     tensors, problems = {}, []
     for name, shape in shapes(config).items():
         parts, dtypes = [], set()
@@ -115,11 +137,7 @@ def open_checkpoint(path: str | Path, setting: str, strict: bool = True) -> tupl
                 problems.append(f"{key} {found}, config.yaml makes it {[stop - start, *shape[1:]]}")
                 continue
             dtypes.add(NAMES[entry.dtype])
-            for chunk in entry.chunks:
-                span = spans[chunk.file].get(chunk.name)
-                if span is None or (span.shape, span.dtype) != (chunk.shape, NAMES[entry.dtype]):
-                    raise UserError(f"{setting}: {folder / chunk.file} does not hold {chunk.name} as {MANIFEST} says")
-                parts.append(Part(span, (chunk.offsets[0] + start, *chunk.offsets[1:]), chunk.shape))
+            parts += parts_of(entry, start)
         if len(dtypes) == 1:
             tensors[name] = Stored(dtypes.pop(), shape, parts)
         elif dtypes:
@@ -131,10 +149,8 @@ def open_checkpoint(path: str | Path, setting: str, strict: bool = True) -> tupl
             f"{setting}: {folder}: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
         )
     done = manifest.progress.iteration
-    about = f"checkpoint of nano3, iteration {done}" + (
-        "" if "exp_avg.embeddings.weight" in manifest.tensors else ", weights only"
-    )
-    return Source(folder, config, tensors, problems, about), manifest
+    about = f"checkpoint of nano3, iteration {done}" + ("" if state else ", weights only")
+    return Source(folder, config, tensors, problems, about, state), manifest
 
 
 def new_dtype(name: str, there: str, asked: str | None) -> str:
@@ -148,10 +164,22 @@ def cast(blocks: Iterable[memoryview], name: str, old: str, new: str) -> Iterato
     """The elements in another dtype, rounded to nearest.  Raises UserError if a number does not fit."""
     for block in blocks:
         before = torch.frombuffer(block, dtype=DTYPES[old])
-        after = before.to(DTYPES[new])
-        if new == "F16" and (after.isinf() & ~before.isinf()).any():
-            raise UserError(f"--dtype float16: {name} has numbers beyond float16's range; use bfloat16 or float32")
+        after = (_to_odd(before) if old == "F64" and new in ("F16", "BF16") else before).to(DTYPES[new])
+        if (after.isinf() & ~before.isinf()).any():
+            asked = str(after.dtype).removeprefix("torch.")
+            wider = "float32" if new == "BF16" else "bfloat16 or float32"
+            raise UserError(f"--dtype {asked}: {name} has numbers beyond {asked}'s range; use {wider}")
         yield memoryview(after.view(torch.uint8).numpy())
+
+
+def _to_odd(x: Tensor) -> Tensor:
+    """float64 -> float32, cut off towards zero and with the last bit set if anything was lost, so that rounding to 16
+    bits after it is rounding once.  torch goes through float32 to the nearest, which rounds twice."""
+    y = x.float()
+    bits = y.view(torch.int32)
+    bits -= (y.double().abs() > x.abs()).int()
+    bits |= (y.double() != x).int()
+    return y
 
 
 def stream(source: Source, name: str, rows: slice, dtype: str) -> Iterator[memoryview]:
@@ -187,39 +215,49 @@ def import_model(model: Path, out: Path, options: Options, meter: Meter) -> str:
     groups = in_files(items, lambda item: item.bytes, options.max_shard_size or IMPORT_SHARD)
     written = {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
     final = out / "iter_0000000"
-    _check_import_folder(out, final, options.overwrite)
     total = sum(item.bytes for item in items)
     what = f"{len(items):,} tensors, {total:,} bytes in {len(groups)} files: {model} -> {final}"
-    if options.dry_run:
-        return f"would import {what}"
     temporary = temporary_folder(final)
+    plan = {"source": stamp(source), "files": {f: [(i.key, NAMES[i.dtype]) for i in g] for f, g in written.items()}}
+    if final.is_dir() and not temporary.exists() and not options.overwrite and journal_says(temporary, plan).publishing:
+        if not options.dry_run:  # a kill between the last rename and the end
+            journal_of(temporary).unlink()
+        return f"imported already: {what}"
+    _check_import_folder(model, out, final, options.overwrite)
+    if options.dry_run:
+        check_space(out, total)
+        return f"would import {what}"
     jobs = [
         Job(
             file,
             sum(item.bytes for item in group),
             write=lambda path, progress, group=group: list(write_file(path, group, progress)),
-            check=lambda path: [path.stat().st_size, digest(path)],
+            check=lambda path, record: [path.stat().st_size, digest(path)] == record,
         )
         for file, group in written.items()
     ]
-    plan = {"source": stamp(source), "files": {f: [(i.key, NAMES[i.dtype]) for i in g] for f, g in written.items()}}
     with journalled(temporary, plan, jobs, options.workers, meter) as done:
-        (temporary / "hf").mkdir(exist_ok=True)
+        shutil.rmtree(temporary / "hf", ignore_errors=True)
+        (temporary / "hf").mkdir()
         for path in small_files(model):
             shutil.copyfile(path, temporary / "hf" / path.name)
         (temporary / "config.yaml").write_text(OmegaConf.to_yaml({"model": OmegaConf.structured(source.config)}))
         pairs = {file: (FileRecord(*done.records[file]), group) for file, group in written.items()}
+        done.publishing()
         commit(temporary, final, manifest_of(Progress(), pairs))
     source.close()
     return f"imported {what}\n{done}"
 
 
-def _check_import_folder(out: Path, final: Path, overwrite: bool) -> None:
+def _check_import_folder(model: Path, out: Path, final: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--megatron-path {out} is a file; give a folder")
     others = [p.name for p in out.glob("iter_*") if p != final]
-    if others:
-        raise UserError(f"--megatron-path {out} holds a run's checkpoints ({max(others)}); import into a new folder")
+    if others or (out / "checkpoints" / POINTER).exists():
+        held = f"a run's checkpoints ({max(others)})" if others else "a run"
+        raise UserError(f"--megatron-path {out} holds {held}; import into a new folder")
+    if out.resolve() == model.resolve():
+        raise UserError(f"--megatron-path {out} is the model's own folder; import into a new one")
     if final.exists() and not overwrite:
         raise UserError(f"--megatron-path {out} holds an import already; add --overwrite to replace it")
 
@@ -233,13 +271,16 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     source, manifest = open_checkpoint(path, "--megatron-path")
     if model is None and (source.folder / "hf").is_dir():
         model = source.folder / "hf"
-    said = source.tensors["embeddings.weight"].dtype if model is None and options.dtype is None else options.dtype
+    weights = model is not None and any((model / n).exists() for n in (INDEX, SINGLE))
+    dtypes = _export_dtypes(source, model if weights else None, model, manifest, options.dtype)
+    said = None if weights and options.dtype is None else dtypes["embeddings.weight"]
     config = config_json(source.config, model, said, options.drop_mtp)
-    dtypes = _export_dtypes(source, model, manifest, options.dtype)
     targets = released(source, dtypes, _Checked(source, manifest).stream)
     what = f"{source.folder} -> {out}"
     if model is None:
         what += "\nno --hf-model: its config.json is new, tokenizer and licence are not there"
+    elif changed := [f for f in GEOMETRY if getattr(read_config(model, True)[0], f) != getattr(source.config, f)]:
+        what += f"\nconfig.json is not the one in {model}: other {', '.join(changed)}"
     text = write_model(targets, config, model, out, "--hf-path", stamp(source), options, meter, [source.folder])
     source.close()
     return f"{'would export' if options.dry_run else 'exported'} {text.format(what)}"
@@ -280,13 +321,17 @@ def write_model(
     written = (
         {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, 1)} if n > 1 else {SINGLE: groups[0]}
     )
-    check_folder(out, setting, [*read, *([model] if model else [])], options.overwrite)
     total = sum(t.bytes for t in targets)
     what = f"{len(targets):,} tensors, {total:,} bytes in {n} files: {{}}"
-    if options.dry_run:
-        return what
     temporary = out / INCOMPLETE
-    with journalled(temporary, *jobs_of(written, stamps), options.workers, meter) as done:
+    plan, jobs = jobs_of(written, stamps)
+    replacing = options.overwrite or journal_says(temporary, plan).publishing
+    check_folder(out, setting, [*read, *([model] if model else [])], replacing, "config.json")
+    if options.dry_run:
+        check_space(out, total)
+        return what
+    back = partial(take_back, temporary, out, list(written), ["config.json", INDEX])
+    with journalled(temporary, plan, jobs, options.workers, meter, back) as done:
         last = []  # a folder without these two is not taken for a model
         if n > 1:
             index = {t.name: file for file, group in written.items() for t in group}
@@ -298,7 +343,7 @@ def write_model(
         others = [p for p in small_files(model) if p.name not in last] if model else []
         for p in others:
             shutil.copyfile(p, temporary / p.name)
-        publish(temporary, out, [*written, *(p.name for p in others), *last])
+        publish(temporary, out, [*written, *(p.name for p in others)], last, done)
     return f"{what}\n{done}"
 
 
@@ -308,23 +353,25 @@ def jobs_of(written: dict[str, list[Target]], stamps: Stamp) -> tuple[dict, list
         Job(
             file,
             sum(t.bytes for t in group),
-            write=lambda path, progress, group=group: list(write_safetensors(path, group, progress)),
-            check=lambda path: list(checksum(path)),
+            write=lambda path, progress, group=group: [write_safetensors(path, group, progress)],
+            check=lambda path, record, group=group: is_file_of(path, group),
         )
         for file, group in written.items()
     ]
     return {"source": stamps, "files": {f: [(t.name, t.dtype) for t in g] for f, g in written.items()}}, jobs
 
 
-def _export_dtypes(source: Source, model: Path | None, manifest: Manifest, asked: str | None) -> dict[str, str]:
+def _export_dtypes(
+    source: Source, weights: Path | None, model: Path | None, manifest: Manifest, asked: str | None
+) -> dict[str, str]:
     """The dtype of each tensor in an export.
 
     That of the reference's weights; where it has none, what an import has brought, and for trained weights what its
     config.json says (fp32 for A_log, D and the selection bias, as released).  --dtype goes over that.
     """
     there: dict[str, str] = {}
-    if model is not None and any((model / n).exists() for n in (INDEX, SINGLE)):
-        there = {our_name(name)[0]: span.dtype for name, span in read_folder(model).items()}
+    if weights is not None:
+        there = {our_name(name)[0]: span.dtype for name, span in read_folder(weights).items()}
     if model is None:
         usual = source.tensors["embeddings.weight"].dtype
     else:
@@ -368,7 +415,8 @@ def stamp(source: Source) -> Stamp:
     return sorted((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths)
 
 
-def check_folder(out: Path, setting: str, read: list[Path], overwrite: bool) -> None:
+def check_folder(out: Path, setting: str, read: list[Path], replacing: bool, mark: str) -> None:
+    """Raise UserError if a model may not be written here.  mark: the file by which one is known."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{setting} {out} is a file; give a folder")
     if not out.exists():
@@ -378,22 +426,41 @@ def check_folder(out: Path, setting: str, read: list[Path], overwrite: bool) -> 
             raise UserError(f"{setting} {out} holds {folder}, which is being read; give another folder")
     if (out / POINTER).exists() or (out / MANIFEST).exists() or any(out.glob("iter_*")):
         raise UserError(f"{setting} {out} holds checkpoints; give a folder of its own")
-    ours = [p for p in out.iterdir() if not p.name.startswith(INCOMPLETE)]
-    if ours and not overwrite and not (out / INCOMPLETE / READY).exists():
-        raise UserError(f"{setting} {out} is not empty ({ours[0].name}); add --overwrite to replace a model there")
+    theirs = [p for p in out.iterdir() if not p.name.startswith(INCOMPLETE)]
+    if theirs and not replacing:
+        raise UserError(f"{setting} {out} is not empty ({theirs[0].name}); add --overwrite to replace a model there")
+    if theirs and not (out / mark).exists() and not (out / INCOMPLETE).exists():
+        raise UserError(
+            f"{setting} {out} holds no model to replace ({theirs[0].name} is there); give a folder of its own"
+        )
 
 
-def publish(temporary: Path, out: Path, names: list[str]) -> None:
-    """Move a whole export to its place; an older one goes first, config.json before all: no mixture is ever a model."""
+def publish(temporary: Path, out: Path, names: list[str], last: list[str], done: Written) -> None:
+    """Move a whole export to its place; an older one goes first, config.json before all: no mixture is ever a model.
+
+    last: without these a folder is not taken for a model.
+    """
     for path in temporary.iterdir():
         flush(path)
-    (temporary / READY).touch()
     flush(temporary)
-    stale = ["config.json", INDEX, *(p.name for p in out.glob("*.safetensors"))]
-    for name in stale:
+    done.publishing()
+    for name in [*last, "config.json", INDEX, *(p.name for x in STALE for p in out.glob(x) if p.is_file())]:
         (out / name).unlink(missing_ok=True)
     flush(out)
     for name in names:
         (temporary / name).replace(out / name)
     flush(out)
+    for name in last:
+        (temporary / name).replace(out / name)
+        flush(out)
     shutil.rmtree(temporary)
+
+
+def take_back(temporary: Path, out: Path, files: list[str], last: list[str]) -> None:
+    """After a kill in `publish`: what was moved lies in `temporary` again."""
+    for name in last:
+        (out / name).unlink(missing_ok=True)
+    temporary.mkdir(exist_ok=True)
+    for name in files:
+        if (out / name).exists() and not (temporary / name).exists():
+            (out / name).replace(temporary / name)

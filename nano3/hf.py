@@ -30,7 +30,7 @@ from nano3.train.storage import DTYPES
 
 FP32 = ("A_log", "D", "e_score_correction_bias")  # stay in fp32 in a file that has them so, whatever --dtype says
 FLOATS = ("BF16", "F16", "F32", "F64")
-EXPERT = re.compile(r"(layers\.\d+\.mixer\.experts)\.(0|[1-9]\d{0,8})\.(up_proj|down_proj)\.weight")
+EXPERT = re.compile(r"(layers\.\d+\.mixer\.experts)\.(0|[1-9]\d{0,8})\.(up_proj|down_proj)\.weight", re.ASCII)
 GEOMETRY = (  # what makes another model of it; the rest of config.json does not reach the weights or the results
     *("hybrid_override_pattern", "vocab_size", "hidden_size", "layer_norm_epsilon", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size"),
@@ -125,7 +125,11 @@ class Source:
     tensors: dict[str, Stored]
     problems: list[str] = field(default_factory=list)
     about: str = ""  # what kind of thing was opened, for people
+    state: dict[str, Stored] = field(default_factory=dict)  # a training checkpoint's optimizer state, by its keys
     files: Files = field(default_factory=Files)
+
+    def __getitem__(self, name: str) -> Stored:
+        return self.tensors[name] if name in self.tensors else self.state[name]
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -134,7 +138,7 @@ class Source:
     def read(self, name: str, index: tuple[slice, ...] = ()) -> Tensor:
         """A box of a tensor (a slice with a step of 1 per leading dimension), from the map of the files: a new tensor
         on the CPU, in the dtype of the files, equal to them to the bit."""
-        t = self.tensors[name]
+        t = self[name]
         spans = [s.indices(n)[:2] for s, n in zip(index, t.shape, strict=False)]
         spans += [(0, n) for n in t.shape[len(spans) :]]
         dtype = DTYPES[t.dtype]
@@ -152,7 +156,7 @@ class Source:
     def stream(self, name: str, rows: slice = slice(None)) -> Iterator[memoryview]:
         """The bytes of some rows of a tensor, in order and in pieces; each is valid until the thread asks for the next
         one of this source."""
-        t = self.tensors[name]
+        t = self[name]
         width = DTYPES[t.dtype].itemsize
         start, stop, _ = rows.indices(t.shape[0]) if t.shape else (0, 1, 1)
         row = prod(t.shape[1:])
@@ -255,9 +259,8 @@ def open_model(folder: Path | str, strict: bool = True, drop_mtp: bool = False) 
             f"{len(mtp)} tensors mtp.*: multi-token prediction is not implemented; --drop-mtp leaves them out"
         )
     if unexpected:
-        hint = (
-            "; quantised weights? Only BF16, F16 and F32 models are read" if any("scale" in n for n in others) else ""
-        )
+        scaled = any("scale" in n for n in others)
+        hint = f"; quantised weights? Only models in {', '.join(FLOATS)} are read" if scaled else ""
         problems.append(f"{len(unexpected)} unexpected tensors: {_some(unexpected)}{hint}")
     source = Source(folder, config, tensors, problems, _form(found))
     if strict and problems:
@@ -314,7 +317,7 @@ def _form(found: dict[str, Span]) -> str:
 
 
 SMALL_FILES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # everything beside the weights, as it is
-SMALL_NAMES = ("LICENSE*", "LICENCE*", "NOTICE*")
+SMALL_NAMES = [f"{w}*" for name in ("license", "licence", "notice") for w in (name, name.upper(), name.capitalize())]
 LARGEST_SMALL = 256 << 20
 
 

@@ -29,9 +29,10 @@ from nano3.convert import (
     released,
     stamp,
     stream,
+    take_back,
     write_model,
 )
-from nano3.convert_jobs import Meter, journalled
+from nano3.convert_jobs import Meter, check_space, journal_says, journalled
 from nano3.hf import Source, config_json, find_model
 from nano3.hf_files import Target
 from nano3.model.lora import Site
@@ -193,14 +194,17 @@ def write_peft(
             data = partial(_bytes, adapters, site, letter, shape, dtype)
             targets.append(Target(peft_name(site, letter, inner), dtype, size, data))
     what = f"{len(targets)} tensors, {sum(t.bytes for t in targets):,} bytes: {adapters.folder} -> {out}"
-    check_folder(out, "--output", [base.folder, adapters.folder], options.overwrite)
+    temporary, file, mark = out / INCOMPLETE, "adapter_model.safetensors", "adapter_config.json"
+    plan, jobs = jobs_of({file: targets}, adapters.stamp)
+    replacing = options.overwrite or journal_says(temporary, plan).publishing
+    check_folder(out, "--output", [base.folder, adapters.folder], replacing, mark)
     if options.dry_run:
+        check_space(out, sum(t.bytes for t in targets))
         return f"would write for PEFT {what}"
-    file = "adapter_model.safetensors"
-    with journalled(out / INCOMPLETE, *jobs_of({file: targets}, adapters.stamp), options.workers, meter) as done:
-        config = peft_config(recipe, hf_model or recipe.base)
-        (out / INCOMPLETE / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        publish(out / INCOMPLETE, out, [file, "adapter_config.json"])
+    back = partial(take_back, temporary, out, [file], [mark])
+    with journalled(temporary, plan, jobs, options.workers, meter, back) as done:
+        (temporary / mark).write_text(json.dumps(peft_config(recipe, hf_model or recipe.base), indent=2) + "\n")
+        publish(temporary, out, [file], [mark], done)
     base.close()
     return f"wrote for PEFT {what}\n{done}"
 

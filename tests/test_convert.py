@@ -295,7 +295,7 @@ def test_compare_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture
     folder = write_folder(tmp_path / "hf", GOLDEN, random_weights(GOLDEN, 1), "fused")
     args = ["--hf-model", folder, "--checkpoint", imported(folder), "--prompt", "7 10 13 99", "--prompt", "1 2 3"]
     run("compare", *args)
-    lines = capsys.readouterr().out.splitlines()[-2:]
+    lines = capsys.readouterr().out.splitlines()[-3:-1]
     errors = {
         w: float(re.search(r"largest logit error (\S+),", x)[1]) for w, x in zip(("on", "off"), lines, strict=True)
     }

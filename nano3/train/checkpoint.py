@@ -10,7 +10,7 @@ draws no random numbers after initialisation.
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -34,7 +34,7 @@ from nano3.parallel.mesh import ALONE, Mesh
 from nano3.train import storage
 from nano3.train.engine import read, write
 from nano3.train.optim import AdamW
-from nano3.train.storage import MANIFEST, POINTER, Container, Manifest, Progress, read_manifest
+from nano3.train.storage import MANIFEST, NEXT, POINTER, Container, Manifest, Progress, read_manifest
 
 RECIPE = "adapter.json"  # marks a checkpoint that holds adapters alone (`nano3/adapters.py`)
 
@@ -87,10 +87,12 @@ class Saver:
         c = self.config.checkpoint
         if c.most_recent_k < 0:
             return
-        done = sorted(p for p in self.folder.glob("iter_*") if p.name <= newest.name)
+        everything = storage.iterations(self.folder)
+        done = everything[: everything.index(newest) + 1]
         for old in done[: max(0, len(done) - c.most_recent_k)]:
             if not (c.save_retain_interval and int(old.name[5:]) % c.save_retain_interval == 0):
-                shutil.rmtree(old, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    storage.remove(old)
 
 
 def owned(model: Nano3, optimizer: AdamW) -> Iterator[Piece]:
@@ -158,33 +160,35 @@ def wanted(
 def find(path: str | Path, setting: str) -> Path:
     """The iteration folder meant by `path`: itself, or the newest complete one in it.  `setting` is named in errors.
 
-    A folder with that name is complete; the pointer may be one behind if the run was killed between the two.
+    That is the one the pointer names, except after a kill between two steps of `commit`: the checkpoint has its name,
+    but the pointer is one behind (NEXT names it), or an older one of the same name was moved aside for it.  Times of
+    files decide nothing, so a copy of the folder is as good as the folder.
     """
     folder = Path(path)
     for candidate in (folder, folder / "checkpoints"):  # a run folder will do as well
         if (candidate / MANIFEST).is_file():
             return candidate
+        done = [p for p in storage.iterations(candidate) if (p / MANIFEST).is_file()]
+        if (ahead := storage.pointed_to(candidate / NEXT)) in done:
+            return ahead
         pointer = candidate / POINTER
-        done = [p for p in candidate.glob("iter_*") if (p / MANIFEST).is_file()]
         if pointer.is_file():
-            stamp = pointer.stat().st_mtime_ns
-            later = [p for p in done if (p / MANIFEST).stat().st_mtime_ns > stamp]
-            if later:
-                return max(later, key=lambda p: (p / MANIFEST).stat().st_mtime_ns)
-            text = pointer.read_text().strip()
-            chosen = candidate / f"iter_{int(text):07d}" if text.isdecimal() else candidate
+            chosen = storage.pointed_to(pointer) or candidate
             if chosen in done:
                 return chosen
+            if (aside := storage.replaced_folder(chosen)).is_dir():
+                return aside
+            text = pointer.read_bytes()[:20].decode(errors="replace").strip()
             problem = f"{setting}={path}: {POINTER} says {text!r}, but {chosen} is not a checkpoint"
             raise UserError(problem + remedy(candidate, chosen))
         if done:
-            return max(done)
+            return done[-1]
     raise UserError(f"{setting}={path}: no checkpoint there (expected iter_NNNNNNN folders or one of them)")
 
 
 def last_good(folder: Path, but: Path | None = None) -> Path | None:
     """The checkpoint with the highest iteration whose files are all as they were written; None if there is none."""
-    for candidate in sorted(folder.glob("iter_*"), reverse=True):
+    for candidate in reversed(storage.iterations(folder)):
         if candidate == but:
             continue
         try:

@@ -8,7 +8,6 @@ boxes that are wanted with those that were saved, and telling all ranks of a fai
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,7 +48,9 @@ from nano3.train.storage import (
     Item,
     Progress,
     commit,
+    make_folder,
     manifest_of,
+    sweep,
     temporary_folder,
     write_file,
 )
@@ -156,8 +157,8 @@ class _Writer(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         if is_coordinator:  # before any other rank has its plan, and so before it writes
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
+            sweep(self.final.parent)
+            make_folder(self.temporary)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan

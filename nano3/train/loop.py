@@ -21,7 +21,7 @@ from nano3.data.row import IGNORE
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.mesh import LostContact, Mesh, lost_contact
-from nano3.train import checkpoint
+from nano3.train import checkpoint, storage
 from nano3.train.answers import is_squad, score
 from nano3.train.checkpoint import Saver
 from nano3.train.metrics import Log, clock
@@ -73,7 +73,8 @@ class Trainer:
     def _resumable(self) -> str | None:
         """checkpoint.load, or None when it is the still empty folder that this run saves to (so a job can restart)."""
         load, save = self.config.checkpoint.load, self.config.checkpoint.save
-        if load is not None and load == save and not any(Path(load).glob("iter_*")):
+        held = () if load is None else ("iter_*", storage.replaced_folder(Path("iter_*")).name)
+        if load is not None and load == save and not any(p for name in held for p in Path(load).glob(name)):
             return None
         return load
 

@@ -125,7 +125,8 @@ def batches_of(config: Config, step: int, packed: bool, dp_rank: int, dp_size: i
 class Case:
     """packed: rows of several documents.  starve: a selection bias keeps one expert from ever being chosen.
     data: a file of packed samples, which the one process sees one by one.
-    save: write a checkpoint here after the second step; load: start from that one instead."""
+    save: write a checkpoint here after the second step; load: start from that one instead, and first of all write
+    what was read into `copy`."""
 
     overrides: tuple[str, ...]
     ranks: int
@@ -134,6 +135,8 @@ class Case:
     data: str | None = None
     save: str | None = None
     load: str | None = None
+    copy: str | None = None
+    dtype: torch.dtype = torch.float64
 
 
 @torch.no_grad()
@@ -148,9 +151,9 @@ def wake_adapters(model: Nano3) -> None:
 
 
 def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
-    """STEPS optimizer steps in float64, an evaluation, and some greedy tokens."""
+    """STEPS optimizer steps, an evaluation, and some greedy tokens."""
     parts = rank_parts(config, mesh.pp.rank)
-    model = allocate(build(config.model, config.recompute, mesh, parts, config.peft), CPU, torch.float64)
+    model = allocate(build(config.model, config.recompute, mesh, parts, config.peft), CPU, case.dtype)
     initialise(model, config.model, seed=5)
     wake_adapters(model)
     if case.starve:
@@ -182,6 +185,8 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
 
     optimizer.reduced_gradients = spy
     first = checkpoint.load(case.load, "test", model, optimizer).iteration if case.load else 0
+    if case.copy:
+        save(case.copy, config, mesh, model, optimizer)
     for step in range(first, STEPS):
         rows = batches(step, "train")
         report = training_step(model, optimizer, rows, config, mesh, config.optimizer.lr, False)
@@ -189,9 +194,7 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
         out.balance.append(report.aux)
         out.norms.append(report.grad_norm)
         if case.save and step + 1 == 2:
-            saver = checkpoint.Saver(Path(case.save), config, mesh)
-            saver.save(model, optimizer, Progress(2, 0, 0))
-            saver.wait()
+            save(case.save, config, mesh, model, optimizer)
     held_out = batches(100, "valid")
     out.evaluation = evaluate(model, [held_out], config)
     optimizer.finish_gather()
@@ -200,8 +203,15 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
     return out, optimizer
 
 
-def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[str, float]:
-    """The largest relative difference of each kind between this rank's share and one process."""
+def save(folder: str, config: Config, mesh: Mesh, model: Nano3, optimizer: AdamW) -> None:
+    saver = checkpoint.Saver(Path(folder), config, mesh)
+    saver.save(model, optimizer, Progress(2, 0, 0))
+    saver.wait()
+
+
+def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> tuple[dict[str, float], tuple[float, float]]:
+    """The largest relative difference of each kind between this rank's share and one process; and the loss of the last
+    step and of the evaluation."""
     mine, optimizer = train(case, config, mesh)
     steps = len(mine.losses)  # fewer than the truth's if the run began at a checkpoint
 
@@ -216,7 +226,7 @@ def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[s
     def far(a: list[float], b: list[float]) -> float:
         return max(abs(x - y) / abs(y) for x, y in zip(a, b, strict=True))
 
-    return {
+    found = {
         "losses": far(mine.losses, truth.losses[-steps:]),
         "balance": far(mine.balance, truth.balance[-steps:]),
         "norms": far(mine.norms, truth.norms[-steps:]),
@@ -232,6 +242,7 @@ def differences(case: Case, config: Config, mesh: Mesh, truth: Result) -> dict[s
         ),
         "tensors": max(distance(n, t, share(n, truth.tensors[n]), truth.tensors[n]) for n, t in mine.tensors.items()),
     }
+    return found, (mine.losses[-1], mine.evaluation)
 
 
 class Groups:
@@ -284,6 +295,7 @@ class Pool:
         self.inboxes = [context.Queue() for _ in range(world)]
         self.folder = tempfile.TemporaryDirectory()
         self.truths: dict[Case, str] = {}
+        self.last = (0.0, 0.0)  # the losses of the last step and of the evaluation of the last case
         self.processes = [
             context.Process(target=_work, args=(r, world, port, box, self.outbox), daemon=True)
             for r, box in enumerate(self.inboxes)
@@ -294,7 +306,7 @@ class Pool:
     def truth(self, case: Case) -> str:
         """The file with what the same run gives in one process, which is the same for all layouts of a model."""
         alone = tuple(o for o in case.overrides if not o.startswith(("parallel.", "train.")))
-        key = Case(alone, 1, case.packed, case.starve, case.data)
+        key = Case(alone, 1, case.packed, case.starve, case.data, dtype=case.dtype)
         if key not in self.truths:
             result, _ = train(key, config_for(alone), ALONE)
             path = Path(self.folder.name) / str(len(self.truths))
@@ -312,7 +324,9 @@ class Pool:
             rank, found, error = self.outbox.get(timeout=120)
             if error is not None:
                 raise RuntimeError(f"rank {rank}:\n{error}")
-            for kind, value in (found or {}).items():
+            if found is not None:
+                self.last = found[1]
+            for kind, value in (found[0] if found else {}).items():
                 worst[kind] = max(worst.get(kind, 0.0), value if value == value else float("inf"))
         return worst
 

@@ -16,7 +16,7 @@ from nano3.model.init import named_tensors
 from nano3.parallel.mesh import ALONE
 from nano3.train import checkpoint
 from nano3.train.checkpoint import Saver
-from nano3.train.storage import POINTER, Progress, digest, read_manifest, verify
+from nano3.train.storage import FORMAT, POINTER, Progress, digest, read_manifest, verify
 from tests.oracles import hf_model, hf_name
 from tests.train.small import small, trainer
 
@@ -109,7 +109,7 @@ def test_the_last_good_one_is_named_and_taken_when_asked(tmp_path: Path, damage:
     file = bad / ("rank-00000.safetensors" if damage in ("flip", "truncate") else "manifest.json")
     data = bytearray(file.read_bytes())
     if damage == "newer":
-        data = data.replace(b'"format": 2', b'"format": 9')
+        data = data.replace(b'"format": %d' % FORMAT, b'"format": 9')
     elif damage == "flip":
         data[-100] ^= 4
     else:
