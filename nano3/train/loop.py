@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -286,7 +287,9 @@ class Trainer:
             base = "" if checkpoint.is_ours(self.recipe.base) else f"--hf-model-path {self.recipe.base} "
             log.say(f"  python merge_lora.py {base}--lora-checkpoint {self.saver.last} --output {folder / 'merged'}")
         if is_supervised(self.config):
-            prompt = '"Context: The sky is blue. Question: Which colour has the sky? Answer:"'
+            row = self.data.row("train", 0)
+            asked = int((row.labels != IGNORE).argmax()) + 1
+            prompt = shlex.quote(self.tokenizer.decode(row.tokens[:asked].tolist())[-100:])
         else:
             prompt = '"def "' if self.config.dataset.name == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
         log.say(f"  python -m nano3.model.generate --checkpoint {self.save_to} --prompt {prompt}")

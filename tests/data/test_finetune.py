@@ -1,6 +1,7 @@
 """--mode finetune, from a file to the trained model: defaults, rows, batches, resuming, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,7 @@ def test_a_run_falls_stops_resumes_and_answers(squad: str, tmp_path: Path, capsy
         assert part in said
     assert "Answer:" in said  # the validation sample is a question and what the model says to it
     assert "weights are random" in said
+    assert re.search(r"--prompt '.*likes it. Question: .* Answer:'", said)  # how to ask it, with a question of the data
     assert all(r["tokens"] > 0 for r in steps)
     later, _ = run("later", *lr, f"checkpoint.load={tmp_path / 'whole' / 'checkpoints' / 'iter_0000006'}")
     assert [r["loss"] for r in later if "grad_norm" in r] == [r["loss"] for r in steps[6:]]
