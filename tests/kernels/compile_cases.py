@@ -21,6 +21,7 @@ from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import experts, grouped_mlp
 from kernels.grouped_gemm_configs import Config
 from kernels.permute import copy_rows, tiles_from_counts, zero_tail
+from kernels.relu2 import relu2
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.routing import expert_counts, route
 from kernels.ssd import ssd, ssd_step
@@ -101,6 +102,11 @@ def gated(s: Sizes, dtype: torch.dtype) -> None:
     z = cuda(s.T, s.PROJECTED, dtype=dtype)[:, : s.H * s.P]
     y, weight = cuda(s.T, s.H * s.P, dtype=dtype), cuda(s.H * s.P, dtype=dtype)
     backward(gated_rms_norm(y, z, weight, s.G, 1e-5))
+
+
+@case(nano=True)
+def squared_relu(s: Sizes, dtype: torch.dtype) -> None:
+    backward(relu2(cuda(s.T, s.F, dtype=dtype)))
 
 
 @case()
