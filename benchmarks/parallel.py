@@ -171,6 +171,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=1, help="sequences a data-parallel rank trains on per step")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--device", default="cuda")
+    p.add_argument("--no-yardstick", dest="yardstick", action="store_false", help="leave out the other kernel")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, as of train.py")
     p.add_argument("--trace", default="", metavar="FOLDER", help="write a Chrome trace of each run's last step there")
     p.add_argument("--out", default="", metavar="JSON")
@@ -187,7 +188,7 @@ def main() -> None:
     kernel = "triton" if args.device == "cuda" else "torch"  # auto is PyTorch's for unpacked rows on a GPU
     for model in args.model:
         alone: dict[int, dict | None] = {}
-        for layout in ["other kernel", *args.layouts]:
+        for layout in [*(["other kernel"] if args.yardstick else []), *args.layouts]:
             other = layout == "other kernel"
             asked = {} if other else dict(o.split("=") for o in layout.split())
             ranks = 1 if other else args.ranks
