@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kernels._common import leave_free
 from nano3.cli import parser, resolve
 from nano3.config import Config
 from nano3.data.loader import Batch
@@ -101,7 +100,6 @@ def worker(args: argparse.Namespace) -> None:
     count_bytes(sent)
     config = config_of(args, args.worker)
     mesh = create_mesh(config, world, rank, local)
-    leave_free(config.parallel.communication_sms if world > 1 else 0)
     cuda = mesh.device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
@@ -109,6 +107,7 @@ def worker(args: argparse.Namespace) -> None:
     model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
     initialise(model, config.model, config.rng.seed, device=mesh.device)
     optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
+    optimizer.communication_sms = config.parallel.communication_sms
     data = [rows(config, mesh, step) for step in range(args.steps)]
     losses, begin = [], 0.0
     for step, batches in enumerate(data):
