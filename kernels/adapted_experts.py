@@ -17,6 +17,9 @@ the bit while B is zero, and nothing but x, hs and two tensors of r columns is k
     backward   dz = 2 w relu(z) (dy down + (s dy B') A')       dx = dz up + (s dz B) A
     gradients  dB = dz^T (s x A^T)   dA = (s dz B)^T x         dB' = dy^T (s hs A'^T)   dA' = (s dy B')^T hs
 
+The frozen matrices may be FP8 codes with scales (`fp8.py`): each product then expands the one that it takes, for as
+long as it lasts.
+
 Suffixes: T tokens, K chosen, R rows (one for each choice that is computed here), D width, F expert hidden width, E
 experts, r rank.
 """
@@ -24,8 +27,10 @@ experts, r rank.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels._common import INTERPRET, triton
+from kernels._common import INTERPRET, triton, use_triton
+from kernels.fp8 import dequantise, expanded
 from kernels.grouped_gemm import (
     _Combine,
     _find_rows,
@@ -85,11 +90,32 @@ def grouped_linear(rows: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     return torch.cat([F.linear(part, matrix) for part, matrix in zip(parts, matrices.unbind(0), strict=True)])
 
 
+class _GroupedCodes(torch.autograd.Function):
+    """grouped_linear of matrices in FP8, of which one tensor is expanded at a time and none is kept."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, codes: Tensor, scales: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scales, counts)
+        return grouped_linear(rows, dequantise(codes, scales, rows.dtype), counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scales, counts = ctx.saved_tensors
+        return grouped_linear(dy, dequantise(codes, scales, dy.dtype).mT, counts), None, None, None
+
+
 def _adapted_linear(
-    rows: Tensor, base: Tensor, pair: Pair | None, scale: float, counts: Tensor, down: Tensor | None
+    rows: Tensor,
+    base: Tensor,
+    scales: Tensor | None,
+    pair: Pair | None,
+    scale: float,
+    counts: Tensor,
+    down: Tensor | None,
 ) -> Tensor:
-    """(R, in) -> (R, out).  down: rows A^T, if it is known already."""
-    y = grouped_linear(rows, base, counts)
+    """(R, in) -> (R, out).  scales: of the base, if it is FP8.  down: rows A^T, if it is known already."""
+    y = grouped_linear(rows, base, counts) if scales is None else _GroupedCodes.apply(rows, base, scales, counts)
     if pair is None:
         return y
     A, B = pair
@@ -109,6 +135,8 @@ class _AdaptedExperts(torch.autograd.Function):
         weights: Tensor,  # (T, K)
         up: Tensor,
         down: Tensor,
+        up_scales: Tensor | None,
+        down_scales: Tensor | None,
         A: Tensor | None,
         B: Tensor | None,
         A2: Tensor | None,
@@ -122,17 +150,21 @@ class _AdaptedExperts(torch.autograd.Function):
         weights_R = weights.flatten().index_select(0, order)
         x_rows, *where = _find_rows(x, order, place, configs["up"].copy)
         thin = _thin(A, True, scale, x, x_rows, where, order, place, tiles, configs["up"])
-        hs = up_rows(x_rows, weights_R, up, tiles, *where, configs["up"], _low(thin, B, True))
+        hs = up_rows(
+            x_rows, weights_R, expanded(up, up_scales, x.dtype), tiles, *where, configs["up"], _low(thin, B, True)
+        )
         del x_rows
         thin2 = _thin(A2, True, scale, None, hs, [None, 0], order, place, tiles, configs["down"])
-        rows = down_rows(hs, down, tiles, configs["down"], _low(thin2, B2, True))
-        ctx.save_for_backward(x, weights, weights_R, up, down, A, B, A2, B2, order, place, hs, thin, thin2, *tiles[:3])
+        rows = down_rows(hs, expanded(down, down_scales, x.dtype), tiles, configs["down"], _low(thin2, B2, True))
+        base = up, down, up_scales, down_scales
+        ctx.save_for_backward(x, weights, weights_R, *base, A, B, A2, B2, order, place, hs, thin, thin2, *tiles[:3])
         ctx.block, ctx.configs, ctx.scale = tiles.block, configs, scale
         return sum_rows(rows, place)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weights, weights_R, up, down, A, B, A2, B2, order, place, hs, thin, thin2, *tables = ctx.saved_tensors
+        x, weights, weights_R, up, down, up_scales, down_scales, *rest = ctx.saved_tensors
+        A, B, A2, B2, order, place, hs, thin, thin2, *tables = rest
         tiles, configs, scale = Tiles(*tables, ctx.block), ctx.configs, ctx.scale
         need_x, need_weights = ctx.needs_input_grad[:2]
         dA = dB = dA2 = dB2 = dx = None
@@ -144,9 +176,11 @@ class _AdaptedExperts(torch.autograd.Function):
             else:
                 dA2 = _adapter_gradient(back2, hs, None, 0, tiles, configs["dup"]).mT
                 dB2 = _adapter_gradient(thin2, dy_rows, *where, tiles, configs["dup"])
+        down = expanded(down, down_scales, x.dtype)
         dz, part = down_rows_backward(
             dy_rows, weights_R, hs, down, tiles, *where, configs["dH"], _low(back2, A2, False)
         )
+        del down  # before the other matrix is expanded
         del dy_rows
         dweights = routing_weight_gradients(part, weights, place, tiles) if need_weights else None
         back = _thin(B, False, scale, None, dz, [None, 0], order, place, tiles, configs["dX"])
@@ -158,8 +192,9 @@ class _AdaptedExperts(torch.autograd.Function):
                 dA = _adapter_gradient(back, x_rows, *where, tiles, configs["dup"]).mT
                 dB = _adapter_gradient(thin, dz, None, 0, tiles, configs["dup"])
         if need_x:
+            up = expanded(up, up_scales, x.dtype)
             dx = sum_rows(up_rows_backward(dz, up, tiles, configs["dX"], _low(back, A, False)), place)
-        return dx, dweights, None, None, dA, dB, dA2, dB2, *(None,) * 4
+        return dx, dweights, *(None,) * 4, dA, dB, dA2, dB2, *(None,) * 4
 
 
 def _tiles_of_products(x: Tensor, up: Tensor, down: Tensor) -> dict[str, "Config"]:
@@ -220,41 +255,47 @@ def adapted_experts(
     backend: str = "auto",
     *,
     rows: int | None = None,
+    up_scales: Tensor | None = None,
+    down_scales: Tensor | None = None,
 ) -> Tensor:
     """`grouped_gemm.experts` with adapters (None: without one); all other arguments are its own.
 
     x: (T, D); weights: (T, K) fp32; experts_TK: (T, K), E for a choice that is computed elsewhere; counts: (E,); up:
     (E, F, D); down: (E, D, F); up_lora, down_lora: (A, B) of shapes (E, r, in), (E, out, r), or one for all experts,
-    (r, in), (out, r); scale: factor of B A; rows: how many choices are computed here, None: all -> (T, D).
+    (r, in), (out, r); scale: factor of B A; rows: how many choices are computed here, None: all; up_scales,
+    down_scales: both, if up and down are codes of `fp8.quantise` -> (T, D).
 
     Differentiable in x, weights and every matrix that requires a gradient.  Off a GPU it reads `counts` on the host.
-    backend: "triton" has no gradient for up and down, which must be frozen; "auto" is "torch".
+    backend: "triton" has no gradient for up and down, which must be frozen; "auto" is "torch", but for a base in FP8
+    without adapters, which runs on the kernels like one that is not.
     Raises ValueError on an adapter that does not fit its weight, and as `experts` does.
     Source: LoRA, arXiv:2106.09685, eq. 3, for each expert.
     """
     for pair, weight in ((up_lora, up), (down_lora, down)):
         _check(pair, weight)
-    if up_lora is None and down_lora is None:
+    coded, bare = up_scales is not None, up_lora is None and down_lora is None
+    if bare and not coded:
         return experts(x, weights, experts_TK, counts, up, down, backend, rows=rows)
     E, R = up.shape[0], experts_TK.numel() if rows is None else rows
     if R == 0:
         adapters = [t for pair in (up_lora, down_lora) if pair is not None for t in pair]
-        return _NoRows.apply(x, weights, up, down, *adapters)
+        return _NoRows.apply(x, weights, *(() if coded else (up, down)), *adapters)
     if not x.is_cuda and (real := int((experts_TK < E).sum())) != R:
         raise ValueError(f"rows={rows}, but {real} of {experts_TK.numel()} ids are below {E}; pass rows={real}")
-    if backend == "triton" and _on_triton(x, up, down, R, backend):
+    fused = backend == "triton" or (bare and backend == "auto")
+    if fused and (use_triton(x, backend) if coded else _on_triton(x, up, down, R, backend)):
         if up.requires_grad or down.requires_grad:
             raise ValueError("backend='triton' adapts frozen experts only; freeze up and down, or use backend='torch'")
         x, weights, up, down = _readable(x), weights.contiguous(), up.contiguous(), down.contiguous()
         pairs = [t for pair in (up_lora or (None, None), down_lora or (None, None)) for t in pair]
         plan = plan_rows(experts_TK, E, choose_configs(x, up, down)["up"].block_m, R)
-        return _AdaptedExperts.apply(x, weights, up, down, *pairs, scale, *plan)
+        return _AdaptedExperts.apply(x, weights, up, down, up_scales, down_scales, *pairs, scale, *plan)
     order, place = sort_by_expert(experts_TK, R)
     shared = up_lora is not None and up_lora[0].ndim == 2
     thin = _Gather.apply(F.linear(x, up_lora[0]), order, place) if shared else None
-    hidden = _adapted_linear(_Gather.apply(x, order, place), up, up_lora, scale, counts, thin).relu()
+    hidden = _adapted_linear(_Gather.apply(x, order, place), up, up_scales, up_lora, scale, counts, thin).relu()
     hidden = (hidden * hidden * weights.flatten()[order].unsqueeze(-1)).to(x.dtype)
-    return _Combine.apply(_adapted_linear(hidden, down, down_lora, scale, counts, None), order, place)
+    return _Combine.apply(_adapted_linear(hidden, down, down_scales, down_lora, scale, counts, None), order, place)
 
 
 def _check(pair: Pair | None, weight: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,10 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from kernels import fp8
 from nano3.config import Config, ModelConfig, PeftConfig, UserError
 from nano3.convert import open_checkpoint
 from nano3.hf import Source, find_model, open_model
-from nano3.model.init import allocate
+from nano3.model.init import allocate, named_tensors, store
+from nano3.model.layout import pieces
 from nano3.model.lora import adapted, sites_of
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import ALONE, Mesh
@@ -45,6 +48,7 @@ class Recipe:
     router_frozen: bool  # if not, routers were trained in full and lie beside the adapters
     base: str  # folder or hub id that the base was read from
     fingerprint: str  # of the base
+    base_dtype: str = "bf16"  # how the base was held in training: as it is, or fp8
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -56,7 +60,8 @@ def recipe_of(c: ModelConfig, peft: PeftConfig, base: str, fingerprint: str) -> 
     base = str(Path(base).resolve()) if Path(base).exists() else base
     variant = "rslora" if peft.rslora else "lora"
     frozen = peft.router_frozen
-    return Recipe(targets, peft.rank, peft.alpha, peft.scale, variant, peft.experts, frozen, base, fingerprint)
+    how = peft.experts, frozen, base, fingerprint, peft.base_dtype
+    return Recipe(targets, peft.rank, peft.alpha, peft.scale, variant, *how)
 
 
 def has_recipe(folder: Path) -> bool:
@@ -122,8 +127,39 @@ def check_base(recipe: Recipe, found: str, base: str, setting: str) -> None:
         )
 
 
-def start(config: Config, loaded: str | None, model: Nano3, optimizer: AdamW | None) -> Recipe:
-    """Bring the base weights of a model with adapters.  loaded: the adapters' checkpoint, if they are resumed.
+@torch.no_grad()
+def load_base(path: str, setting: str, model: Nano3, optimizer: AdamW | None) -> list[str]:
+    """Read the base weights of a model with adapters.  Returns lines worth saying about them.
+
+    What is held in FP8 is read, and becomes codes, one matrix after the other (of experts one expert's), so there is
+    never more of it in another dtype.  The codes are of the numbers in the files, whatever the model computes in.
+    """
+    checkpoint.load_weights(path, setting, model, optimizer)
+    coded = {n: t for n, t in named_tensors(model).items() if t.dtype == fp8.CODE}
+    if not coded:
+        return []
+    source, sums = open_base(path, setting), {}
+    for name, tensor in coded.items():
+        error = sums.setdefault(name.split(".mixer.")[1].removesuffix(".weight"), [0.0, 0.0])
+        for first in range(tensor.shape[0]) if tensor.ndim == 3 else (0,):
+            shape = (1, *tensor.shape[1:]) if tensor.ndim == 3 else tensor.shape
+            values = torch.empty(shape, device=tensor.device)
+            for piece in pieces(name, values, first, tensor.shape, model):
+                piece.tensor.copy_(source.read(name, piece.index))
+            rows = slice(first, first + shape[0])
+            store(tensor, values, rows)
+            held = fp8.dequantise(tensor[rows], tensor.scales[rows], torch.float32)
+            for i, t in enumerate((held - values, values)):
+                error[i] += t.norm().item() ** 2
+    source.close()
+    share = "" if model.mesh.world == 1 else " of this rank's share"
+    found = ", ".join(f"{kind} {math.sqrt(e / max(n, 1e-300)):.2%}" for kind, (e, n) in sums.items())
+    return [f"base in FP8, error |w' - w| / |w|{share}: {found}"]
+
+
+def start(config: Config, loaded: str | None, model: Nano3, optimizer: AdamW | None) -> tuple[Recipe, list[str]]:
+    """Bring the base weights of a model with adapters.  loaded: the adapters' checkpoint, if they are resumed.  Returns
+    the recipe, and lines worth saying about the base.
 
     Raises UserError if there is no base, or if the adapters there have another recipe or were trained on another base.
     """
@@ -140,14 +176,13 @@ def start(config: Config, loaded: str | None, model: Nano3, optimizer: AdamW | N
     source.close()
     if there is not None:
         check_base(there, recipe.fingerprint, base, setting)
-        for name in ("targets", "rank", "scale", "experts", "router_frozen"):
+        for name in ("targets", "rank", "scale", "experts", "router_frozen", "base_dtype"):
             if getattr(there, name) != getattr(recipe, name):
                 raise UserError(
                     f"checkpoint.load={loaded}: its adapters have {name} {getattr(there, name)}, the settings say "
                     f"{getattr(recipe, name)}; use the peft settings it was trained with (config.yaml beside it)"
                 )
-    checkpoint.load_weights(base, setting, model, optimizer)
-    return recipe
+    return recipe, load_base(base, setting, model, optimizer)
 
 
 def _folder(loaded: str, config: Config) -> Path:
@@ -175,6 +210,6 @@ def load_model(path: str, setting: str, device: torch.device, dtype: torch.dtype
     entries = read_manifest(folder, setting).tensors
     trained_in = next(e.dtype for key, e in entries.items() if adapted(key.removeprefix("model.")))
     allocate(model, device, dtype or trained_in)
-    checkpoint.load_weights(recipe.base, setting, model, None)
+    load_base(recipe.base, setting, model, None)
     checkpoint.load(str(folder), setting, model, None)
     return model.eval(), config

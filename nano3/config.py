@@ -362,7 +362,7 @@ class CheckpointConfig:
     save_retain_interval: int | None = None  # keep those at multiples of this number of iterations as well
 
 
-ADAPTER_SETTINGS = ("target_modules", "exclude_modules", "rank", "alpha", "rslora", "experts")
+ADAPTER_SETTINGS = ("target_modules", "exclude_modules", "rank", "alpha", "rslora", "experts", "base_dtype")
 
 
 def _default_of(f: Any) -> Any:
@@ -387,7 +387,7 @@ class PeftConfig:
     experts: str = "per-expert"  # of routed experts: an adapter for each, one shared by a layer's, or none
     freeze_router: bool | None = None  # weights and selection biases; None: with lora yes, otherwise no
     freeze: list[str] = field(default_factory=list)  # globs of tensors that full training leaves alone
-    base_dtype: str = "bf16"  # of frozen weights on a GPU
+    base_dtype: str = "bf16"  # of frozen weights beside adapters: what the model computes in, or fp8 (kernels/fp8.py)
 
     @property
     def adapts(self) -> bool:
@@ -418,10 +418,8 @@ class PeftConfig:
             )
         if self.experts not in ("per-expert", "shared", "none"):
             raise UserError(f"peft.experts={self.experts!r} is not known; choose from per-expert, shared, none")
-        if self.base_dtype != "bf16":
-            raise UserError(
-                f"peft.base_dtype={self.base_dtype!r} is not available in this version; use peft.base_dtype=bf16"
-            )
+        if self.base_dtype not in ("bf16", "fp8"):
+            raise UserError(f"peft.base_dtype={self.base_dtype!r} is not known; choose from bf16, fp8")
         told = [f.name for f in fields(self) if f.name in ADAPTER_SETTINGS and getattr(self, f.name) != _default_of(f)]
         if told and not self.adapts:
             raise UserError(f"peft.{told[0]} is about adapters, and there are none: add --peft lora, or drop it")

@@ -12,16 +12,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from nano3.config import ModelConfig
+from kernels import fp8
+from nano3.config import ModelConfig, PeftConfig
 from nano3.model.layout import axis_of, split_of, whole_shapes
-from nano3.model.lora import adapted
+from nano3.model.lora import adapted, in_fp8
 
 FP32 = ("A_log", "D", "dt_bias", "e_score_correction_bias")  # kept in fp32 in every mode
 OUTPUTS = ("out_proj.weight", "o_proj.weight", "down_proj.weight", "down_proj")  # write into the residual stream
 
 
-def dtype_of(name: str, compute: torch.dtype) -> torch.dtype:
-    """The dtype a tensor is kept in when the model computes in `compute`."""
+def dtype_of(name: str, compute: torch.dtype, peft: PeftConfig | None = None) -> torch.dtype:
+    """The dtype a tensor is kept in when the model computes in `compute`.  peft: of a model with adapters."""
+    if peft is not None and in_fp8(name, peft):
+        return fp8.CODE
     return torch.promote_types(compute, torch.float32) if name.rsplit(".", 1)[-1] in FP32 else compute
 
 
@@ -76,16 +79,32 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def allocate(model: nn.Module, device: torch.device, compute: torch.dtype) -> nn.Module:
-    """Give a model built on the meta device its memory, uninitialised, each tensor in the dtype it is kept in."""
+    """Give a model built on the meta device its memory, uninitialised, each tensor in the dtype it is kept in; codes of
+    a frozen base have their scales beside them."""
     for name, tensor in named_tensors(model).items():
         *path, leaf = name.split(".")
         owner = model.get_submodule(".".join(path))
-        new = torch.empty(tensor.shape, device=device, dtype=dtype_of(name, compute))
+        new = torch.empty(tensor.shape, device=device, dtype=dtype_of(name, compute, model.peft))
         if leaf in owner._parameters:
             owner._parameters[leaf] = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            if new.dtype == fp8.CODE:
+                scales = torch.empty(fp8.scale_shape(new.shape), device=device, dtype=fp8.SCALE)
+                owner._parameters[leaf].scales = scales
         else:
             owner._buffers[leaf] = new
     return model
+
+
+@torch.no_grad()
+def store(tensor: Tensor, values: Tensor, rows: int | slice = slice(None)) -> None:
+    """Write `values` into a tensor of an allocated model, or into some of its rows, as they are kept there."""
+    held = tensor[rows] if tensor.ndim else tensor
+    if tensor.dtype != fp8.CODE:
+        held.copy_(values)
+        return
+    codes, scales = fp8.quantise(values.to(tensor.device))
+    held.view(torch.uint8).copy_(codes.view(torch.uint8))
+    tensor.scales[rows] = scales
 
 
 @torch.no_grad()
@@ -104,8 +123,8 @@ def initialise(
         axis = axis_of(split, model.mesh)
         if split is not None and split.axis == "ep":
             for e in range(tensor.shape[0]):
-                tensor[e].copy_(draw(name, tensor.shape[1:], c, seed, axis.rank * tensor.shape[0] + e, device))
+                store(tensor, draw(name, tensor.shape[1:], c, seed, axis.rank * tensor.shape[0] + e, device), e)
         else:
             whole = draw(name, shapes[name], c, seed, device=device)
-            tensor.copy_(whole if split is None else split.take(whole, axis))
+            store(tensor, whole if split is None else split.take(whole, axis))
     return model

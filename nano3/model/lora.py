@@ -7,6 +7,9 @@ way a rank adds its summand to what the base gives there, so no message is added
 are summed over the ranks like those of norms (`AdamW`).
 
 Routed experts have an adapter each, two tensors with an expert axis as their weights have, or all of a layer share one.
+
+With peft.base_dtype=fp8 every weight that could have an adapter, whether it has one or not, is held as codes of 8 bits
+(`kernels/fp8.py`): the parameter is the codes, its attribute `scales` what they are multiplied by.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import fp8
 from kernels.adapted_experts import adapted_experts
 from nano3.config import ModelConfig, PeftConfig, UserError
 from nano3.model.moe import Experts
@@ -136,6 +140,28 @@ def adapter_shapes(site: Site, weight: torch.Size, peft: PeftConfig) -> dict[str
     return {f"{site.adapter}.{letter}": torch.Size(shape) for letter, shape in shapes.items()}
 
 
+def in_fp8(name: str, peft: PeftConfig) -> bool:
+    """Whether the tensor of this name is held in FP8: a matrix of the frozen base, router, head and embedding not."""
+    if not peft.adapts or peft.base_dtype != "fp8" or ".mixer." not in name:
+        return False
+    return name.split(".mixer.", 1)[1].removesuffix(".weight") in {m for found in ADAPTABLE.values() for m in found}
+
+
+class CodedLinear(nn.Linear):
+    """y = x W^T with W in FP8."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False, device=base.weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
+        return fp8.linear(x, self.weight, scales_of(self.weight))
+
+
+def scales_of(weight: Tensor) -> Tensor | None:
+    """The scales of a weight that is held in FP8; None if it is held as it is."""
+    return getattr(weight, "scales", None)
+
+
 class Adapter(nn.Module):
     """A (..., r, in) and B (..., out, r) of one weight, or with an expert axis in front of a layer's experts."""
 
@@ -153,7 +179,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         rows = x.flatten(0, -2)
-        y = F.linear(rows, self.weight)
+        y = fp8.linear(rows, self.weight, scales_of(self.weight))
         y.addmm_(F.linear(rows, self.lora.A), self.lora.B.T, alpha=self.scale)  # in place: nobody else has seen y
         return y.unflatten(0, x.shape[:-1])
 
@@ -171,8 +197,9 @@ class AdaptedExperts(Experts):
         held = getattr(self, self.adapters)
         up, down = ((held[n].A, held[n].B) if n in held else None for n in ("up_proj", "down_proj"))
         base = self.up_proj, self.down_proj
+        scales = dict(zip(("up_scales", "down_scales"), map(scales_of, base), strict=True))
         return adapted_experts(
-            x_TD, weights_TK, experts_TK, counts_E, *base, up, down, self.scale, self.backend, rows=rows
+            x_TD, weights_TK, experts_TK, counts_E, *base, up, down, self.scale, self.backend, rows=rows, **scales
         )
 
 
@@ -199,8 +226,20 @@ def attach(model: nn.Module, peft: PeftConfig) -> None:
         else:
             new = AdaptedLinear(base, made[leaf], peft.scale)
         setattr(model.get_submodule(parent), leaf, new)
+    if peft.adapts and peft.base_dtype == "fp8":
+        _replace_bare(model, peft)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trains(name, peft))
+
+
+def _replace_bare(model: nn.Module, peft: PeftConfig) -> None:
+    """Let the modules without an adapter, too, read their weights in FP8."""
+    for owner, module in list(model.named_modules()):
+        parent, _, leaf = owner.rpartition(".")
+        if type(module) is nn.Linear and in_fp8(f"{owner}.weight", peft):
+            setattr(model.get_submodule(parent), leaf, CodedLinear(module))
+        elif type(module) is Experts:
+            setattr(model.get_submodule(parent), leaf, AdaptedExperts(module, {}, False, peft.scale))
 
 
 def trains(name: str, peft: PeftConfig) -> bool:

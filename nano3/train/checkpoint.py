@@ -28,7 +28,7 @@ from nano3.config import Config, ModelConfig, PeftConfig, UserError, merge
 from nano3.data.corpus import is_supervised, tokenizer_name
 from nano3.model.init import allocate, named_tensors
 from nano3.model.layout import Piece, pieces, split_of, whole_shapes
-from nano3.model.lora import adapted, attach, kept
+from nano3.model.lora import adapted, attach, in_fp8, kept
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.train import storage
@@ -266,9 +266,13 @@ def load(path: str, setting: str, model: Nano3, optimizer: AdamW | None, or_last
 def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW | None) -> None:
     """Start a new run from the weights of one of our checkpoints or of a Hugging Face folder or id.
 
-    Masters have the precision that is there.  A rank reads its share only.  Adapters are left as they are.
+    Masters have the precision that is there.  A rank reads its share only.  Adapters are left as they are, and so are
+    weights in FP8 (`nano3.adapters.load_base`).
     """
-    base = _of_the_base
+
+    def base(name: str) -> bool:
+        return _of_the_base(name) and not in_fp8(name, model.peft)
+
     if not is_ours(path):
         source = hf.open_model(hf.find_model(path, setting=setting))
         if hf.shapes(source.config) != hf.shapes(model.config):
@@ -280,7 +284,7 @@ def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW | None)
         return
     folder, manifest = open_verified(path, setting, model.mesh)
     refuse_adapters(folder, setting)
-    check_geometry(manifest, model, folder, setting, base)
+    check_geometry(manifest, model, folder, setting, _of_the_base)
     # Beside adapters the base is what the checkpoint gives as its weights: a merge, later, will take these too.
     keys = () if model.peft.adapts else manifest.tensors
     read(Container(folder, manifest), wanted(model, optimizer, keys, choose=base), model.mesh)

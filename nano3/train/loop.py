@@ -60,7 +60,7 @@ class Trainer:
         self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32)
         self.optimizer.communication_sms = config.parallel.communication_sms
         if config.peft.adapts:
-            self.recipe = adapters.start(config, self.loaded, self.model, self.optimizer)
+            self.recipe, self.about_base = adapters.start(config, self.loaded, self.model, self.optimizer)
         if self.loaded is not None:
             good = config.checkpoint.resume_from_last_good
             self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer, good)
@@ -145,7 +145,8 @@ class Trainer:
     def _diagnosis(self, what: str) -> Exception:
         """The error for a step that was not finite: which tensors were broken before it, and where to go on from."""
         self.saver.wait()
-        bad = [n for n, t in named_tensors(self.model).items() if not torch.isfinite(t).all()]
+        held = {n: getattr(t, "scales", t) for n, t in named_tensors(self.model).items()}  # codes have no isfinite
+        bad = [n for n, t in held.items() if not torch.isfinite(t).all()]
         at = self.progress.iteration
         cause = f"; {len(bad)} tensors hold values that are not finite, the first is {bad[0]}" if bad else ""
         if at == self.first:
@@ -258,7 +259,8 @@ class Trainer:
         if self.recipe is not None:
             for line in adapter_table(config, self.model.dtype == torch.bfloat16):
                 log.say(line)
-            log.say(f"base {self.recipe.base}, fingerprint {self.recipe.fingerprint[:16]}")
+            for line in [f"base {self.recipe.base}, fingerprint {self.recipe.fingerprint[:16]}", *self.about_base]:
+                log.say(line)
         if self.loaded is not None:
             log.say(f"resumed from {self.loaded} at iteration {self.first}")
 

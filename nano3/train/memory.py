@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels import fp8
 from nano3.config import KINDS, Config, ModelConfig
 from nano3.model.init import dtype_of
 from nano3.model.layout import split_of, whole_shapes
@@ -86,7 +87,7 @@ def shares(config: Config, layout: Layout, spans: Spans, bf16: bool) -> list[Sha
             owner = name.rsplit(".", 1)[0]
             if ".".join(owner.split(".")[:2]) in layers or ends.get(owner) == stage:
                 shape = whole if split is None else split.shape(whole, axes[split.axis])
-                tensors[name] = torch.empty(shape, dtype=dtype_of(name, compute), device="meta")
+                tensors[name] = torch.empty(shape, dtype=dtype_of(name, compute, config.peft), device="meta")
         named = {n: t for n, t in tensors.items() if not n.endswith("e_score_correction_bias")}
         parameters = {n: t for n, t in named.items() if trains(n, config.peft)}
 
@@ -126,11 +127,17 @@ def memory_of(config: Config, layout: Layout, share: Share, bf16: bool, gpu: boo
         sums = bucket.dtype.itemsize
         optimizer += share.owned(bucket, m) * sums * (2 if m.parameter.dtype == bucket.dtype else 3)
     return Memory(
-        weights=sum(t.numel() * t.dtype.itemsize for t in share.tensors.values()),
+        weights=sum(bytes_of(t) for t in share.tensors.values()),
         gradients=sum(b.axis.size * b.width * b.dtype.itemsize for b in share.buckets),
         optimizer=optimizer,
         activations=int(activations(config, layout, share, bf16, gpu)),
     )
+
+
+def bytes_of(t: torch.Tensor) -> int:
+    """What a tensor takes, the scales of codes included."""
+    scales = fp8.scale_shape(t.shape).numel() * fp8.SCALE.itemsize if t.dtype == fp8.CODE else 0
+    return t.numel() * t.dtype.itemsize + scales
 
 
 def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: bool) -> float:
@@ -155,6 +162,7 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
         held += of_part[op.chunk] if op.kind == "F" else -of_part[op.chunk]
         most = max(most, held)
     again = max((whole(x) for x in kept if KINDS[x] in config.recompute), default=0.0)
+    again += max((t.numel() * e for t in share.tensors.values() if t.dtype == fp8.CODE), default=0)  # expanded
     head = 0.0
     if "lm_head.weight" in share.tensors:
         rows = -(-tokens // -(-tokens // config.train.loss_chunk_tokens))  # chunks of one size

@@ -248,7 +248,8 @@ def adapter_table(config: Config, bf16: bool) -> list[str]:
         lines.append(f"  {kind:30}{number:>9,}{n:>15,}{n * each / (1 << 20):>17,.1f}")
     router = "frozen" if peft.router_frozen else "trained in full"
     share = f"{trained / total:.2%} of {total:,}"
-    return [*lines, f"trained: {share}; routers {router}; scale {peft.scale:g}; nothing is kept for frozen weights"]
+    held = "frozen weights are in FP8" if peft.base_dtype == "fp8" else "nothing is kept for frozen weights"
+    return [*lines, f"trained: {share}; routers {router}; scale {peft.scale:g}; {held}"]
 
 
 def counted(n: int, what: str, plural: str = "s") -> str:

@@ -1,11 +1,13 @@
 """Adapters on disk: only what was trained, with its recipe; resumed to the bit; on no other base."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels import fp8
 from nano3 import adapters
 from nano3.config import UserError
 from nano3.model.init import named_tensors
@@ -126,7 +128,8 @@ def test_routers_may_be_trained_beside_adapters(base: str, tmp_path: Path) -> No
         (["peft=lora", "peft.freeze=[norm_f.weight]"], r"freezes everything but its adapters"),
         (["peft=lora", "peft.dropout=0.1"], r"no dropout here"),
         (["peft=lora", "peft.dora=true"], r"peft.dora=true is not available"),
-        (["peft=lora", "peft.base_dtype=fp8"], r"peft.base_dtype='fp8' is not available"),
+        (["peft=lora", "peft.base_dtype=int4"], r"peft.base_dtype='int4' is not known; choose from bf16, fp8"),
+        (["peft.base_dtype=fp8"], r"peft.base_dtype is about adapters.*--peft lora"),
         (["peft=qlora"], r"peft.scheme='qlora' is not available; use lora"),
         (["peft=lora", "peft.target_modules=[gate_proj]"], r"'gate_proj' matches nothing; there are in_proj"),
     ],
@@ -145,3 +148,37 @@ def test_a_recipe_that_is_damaged_is_refused(tmp_path: Path, key: str, value: in
     (tmp_path / "adapter.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"adapter\.json"):
         adapters.read_recipe(tmp_path, "test")
+
+
+@pytest.mark.parametrize("more", [[], ["train.precision=bf16", "peft.experts=none"]], ids=["fp32", "bf16-none"])
+def test_a_base_in_fp8(base: str, tmp_path: Path, capsys: pytest.CaptureFixture, more: list[str]) -> None:
+    """The codes are those of the base's numbers and stay as they are; the error is said; a run goes on to the bit; the
+    model is found again; and adapters of one kind of base do not go on on the other."""
+    settings = [base, *LORA, *more, "peft.base_dtype=fp8"]
+    t = trainer(*settings, f"logger.run_dir={tmp_path / 'whole'}", "checkpoint.save_interval=3")
+    source = adapters.open_base(base.split("=")[1], "test")
+    coded = {n: x for n, x in named_tensors(t.model).items() if x.dtype == fp8.CODE}
+    before = {n: (x.view(torch.uint8).clone(), x.scales.clone()) for n, x in coded.items()}
+    for name, (codes, scales) in before.items():
+        expected = fp8.quantise(source.read(name))
+        assert torch.equal(codes, expected[0].view(torch.uint8)), name
+        assert torch.equal(scales, expected[1]), name
+    t.run()
+    kinds = {n.split(".mixer.")[1].removesuffix(".weight") for n in coded}
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("base in FP8"))
+    errors = dict(re.findall(r"([\w.]+) (\d\.\d\d)%", line))
+    assert set(errors) == kinds
+    assert all(2 < float(e) < 3 for e in errors.values())
+    assert all(torch.equal(coded[n].view(torch.uint8), codes) for n, (codes, _) in before.items())
+    assert all(torch.equal(coded[n].scales, scales) for n, (_, scales) in before.items())
+    folder = tmp_path / "whole" / "checkpoints" / "iter_0000003"
+    assert all(".lora." in k for k in read_manifest(folder, "test").tensors)
+    assert adapters.read_recipe(folder, "test").base_dtype == "fp8"
+    resumed = trainer(*settings[1:], f"logger.run_dir={tmp_path / 'resumed'}", f"checkpoint.load={folder}")
+    resumed.run()
+    found, _ = adapters.load_model(str(tmp_path / "whole"), "test", torch.device("cpu"))
+    for name, x in named_tensors(t.model).items():
+        for other in (resumed.model, found):
+            assert torch.equal(x.view(torch.uint8), named_tensors(other)[name].view(torch.uint8)), name
+    with pytest.raises(UserError, match=r"its adapters have base_dtype fp8, the settings say bf16"):
+        trainer(base, *LORA, *more, f"checkpoint.load={folder}")
