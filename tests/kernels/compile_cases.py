@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy, grouped_gemm, grouped_gemm_configs
+from kernels import cross_entropy, fp8, grouped_gemm, grouped_gemm_configs
 from kernels.attention import attention
 from kernels.balance import balance_sums
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
@@ -108,6 +108,13 @@ def gated(s: Sizes, dtype: torch.dtype) -> None:
 @case(nano=True)
 def squared_relu(s: Sizes, dtype: torch.dtype) -> None:
     backward(relu2(cuda(s.T, s.F, dtype=dtype)))
+
+
+@case(nano=True)
+def fp8_weights(s: Sizes, dtype: torch.dtype) -> None:
+    shape = (s.E, s.F, s.D)
+    codes, scales = cuda(*shape, dtype=fp8.CODE, grad=False), cuda(*fp8.scale_shape(shape), dtype=fp8.SCALE, grad=False)
+    fp8.dequantise(codes, scales, dtype)
 
 
 @case(nano=True)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from kernels.fp8 import expanded
 from nano3.config import Config
 from nano3.data.loader import Batch, Place, micro_batches
 from nano3.data.packing import PackedFile, Rows
@@ -27,7 +28,7 @@ from nano3.data.row import PADDING
 from nano3.model.generate import generate
 from nano3.model.init import allocate, generator, initialise, named_tensors
 from nano3.model.layout import axis_of, split_of, whole_shapes
-from nano3.model.lora import adapted
+from nano3.model.lora import adapted, scales_of
 from nano3.model.model import Nano3
 from nano3.parallel.layout import check_layout
 from nano3.parallel.mesh import ALONE, Mesh, lay_out
@@ -198,7 +199,8 @@ def train(case: Case, config: Config, mesh: Mesh) -> tuple[Result, AdamW]:
     held_out = batches(100, "valid")
     out.evaluation = evaluate(model, [held_out], config)
     optimizer.finish_gather()
-    out.tensors = {n: t.detach().clone() for n, t in named_tensors(model).items()}
+    weights = {n: expanded(t, scales_of(t), case.dtype) for n, t in named_tensors(model).items()}
+    out.tensors = {n: t.detach().clone() for n, t in weights.items()}
     out.text = list(generate(model, [3, 1, 4, 1, 5], 3, prefill_chunk=3))
     return out, optimizer
 

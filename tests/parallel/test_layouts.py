@@ -134,6 +134,7 @@ LORA = ("peft.scheme=lora", "peft.rank=4")
         (2, "", ()),
         (8, "tp=4 ep=2 pp=2", ()),
         (4, "tp=2 ep=4", ("peft.experts=shared", "peft.rslora=true")),
+        (4, "ep=2 pp=2", ("peft.base_dtype=fp8",)),  # the same codes: neither cuts a row
         (4, "pp=4", ("peft.target_modules=[q_proj]",)),  # three stages without a trained tensor
         (4, "tp=2 ep=2", ("peft.target_modules=[up_proj]", "peft.freeze_router=false", "train.recompute=full")),
     ],

@@ -13,6 +13,7 @@ from nano3.cli import parser, resolve
 from nano3.config import KINDS, Config, ModelConfig, UserError
 from nano3.model.cache import Rows
 from nano3.model.init import allocate, initialise, named_tensors
+from nano3.model.lora import scales_of
 from nano3.parallel.data import make_buckets
 from nano3.parallel.layout import Layout, check_layout
 from nano3.parallel.pipeline_schedule import peak_in_flight
@@ -131,6 +132,7 @@ REAL = [
     (8, "parallel.ep=2 parallel.pp=2 train.precision=bf16 parallel.grad_reduce_in_fp32=false"),
     (4, "parallel.tp=2 parallel.ep=4 train.precision=bf16 peft.scheme=lora peft.rank=8 peft.freeze_router=false"),
     (2, "parallel.ep=2 peft.scheme=lora peft.rank=8 peft.experts=shared"),
+    (4, "parallel.tp=2 parallel.ep=2 train.precision=bf16 peft.scheme=lora peft.rank=8 peft.base_dtype=fp8"),
 ]
 
 
@@ -157,7 +159,9 @@ def test_bytes_are_those_of_the_optimizer(monkeypatch: pytest.MonkeyPatch, ranks
         real = [(b.axis.size, b.width, b.dtype, b.wire, [m.name for m in b.members]) for b in optimizer.buckets]
         assert real == [(b.axis.size, b.width, b.dtype, b.wire, [m.name for m in b.members]) for b in share.buckets]
         assert len(real) > 2
-        assert planned.weights == sum(t.nbytes for t in named_tensors(model).values())
+        held = list(named_tensors(model).values())
+        held += [scales for t in held if (scales := scales_of(t)) is not None]
+        assert planned.weights == sum(t.nbytes for t in held)
         assert planned.gradients == sum(b.axis.size * b.width * b.dtype.itemsize for b in optimizer.buckets)
         state = sum(t.nbytes for kept in optimizer.state().values() for t in kept.values())
         assert state <= planned.optimizer
