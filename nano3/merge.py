@@ -124,7 +124,7 @@ def merge_model(
     text = write_model(targets, config, folder, out, "--output", stamps, options, meter, read)
     base.close()
     what = f"{base.folder} + {len(adapters.sites)} adapters of {adapters.folder} -> {out}"
-    return f"{'would merge' if options.dry_run else 'merged'} {text.format(what)}"
+    return f"{'would merge' if options.dry_run else 'merged'} {text.format(what)}{_of_which_base(adapters.recipe)}"
 
 
 def _open(hf_model: str | None, lora: str, pretrained: str | None) -> tuple[Adapters, Source]:
@@ -206,7 +206,14 @@ def write_peft(
         (temporary / mark).write_text(json.dumps(peft_config(recipe, hf_model or recipe.base), indent=2) + "\n")
         publish(temporary, out, [file], [mark], done)
     base.close()
-    return f"wrote for PEFT {what}\n{done}"
+    return f"wrote for PEFT {what}\n{done}{_of_which_base(recipe)}"
+
+
+def _of_which_base(recipe: Recipe) -> str:
+    """What to know of adapters that were not trained beside the numbers that they are added to."""
+    if recipe.base_dtype != "fp8":
+        return ""
+    return "\nthey were trained beside the base in FP8 and belong now to the base as it is (docs/finetuning.md)"
 
 
 def _key(manifest: Manifest, name: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import NemotronHForCausalLM
 
 import merge_lora
+from kernels import fp8
 from nano3 import adapters
 from nano3.model.lora import Site
 from tests.oracles import hf_model
@@ -84,6 +85,25 @@ def test_the_merged_model_is_the_adapted_one(base: Path, tmp_path: Path, more: l
     assert (ours - their_logits(load(base))).abs().max() > 1e-3  # and training did change it
     names = load_file(tmp_path / "out" / "model.safetensors")
     assert "backbone.layers.1.mixer.experts.7.up_proj.weight" in names
+
+
+def test_adapters_of_a_base_in_fp8_are_added_to_the_base_as_it_is(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read from a Hugging Face folder, codes are those of its numbers; merged weights are W + s B A of these numbers,
+    and so the merged model is the trained one but for the rounding of the base."""
+    checkpoint = train(base, tmp_path / "run", "peft.base_dtype=fp8")
+    run("--hf-model-path", base, "--lora-checkpoint", checkpoint, "--output", tmp_path / "out")
+    assert "trained beside the base in FP8" in capsys.readouterr().out
+    model, _ = adapters.load_model(str(checkpoint), "test", torch.device("cpu"))
+    source, out = (adapters.open_base(str(f), "test") for f in (base, tmp_path / "out"))
+    for site in map(Site, adapters.read_recipe(checkpoint, "test").targets):
+        held, W = model.get_parameter(site.weight), source.read(site.weight)
+        assert torch.equal(held.view(torch.uint8), fp8.quantise(W)[0].view(torch.uint8)), site.weight
+        A, B = (model.get_parameter(f"{site.adapter}.{x}").double() for x in "AB")
+        assert (out.read(site.weight) - (W.double() + model.peft.scale * (B @ A))).abs().max() < 1e-6, site.weight
+    ours, theirs = our_logits(checkpoint), their_logits(load(tmp_path / "out"))
+    assert 1e-3 < (ours - theirs).norm() / theirs.norm() < 0.3
 
 
 def test_the_sum_is_rounded_once(base: Path, tmp_path: Path) -> None:
