@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kernels import fp8
 from nano3.config import Config, ModelConfig, PeftConfig, UserError
 from nano3.convert import open_checkpoint
 from nano3.hf import Source, find_model, open_model
-from nano3.model.init import allocate, named_tensors, store
+from nano3.model.init import allocate, decoded, named_tensors, store
 from nano3.model.layout import pieces
-from nano3.model.lora import adapted, sites_of
+from nano3.model.lora import adapted, scales_of, sites_of
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.train import checkpoint
@@ -135,7 +134,7 @@ def load_base(path: str, setting: str, model: Nano3, optimizer: AdamW | None) ->
     never more of it in another dtype.  The codes are of the numbers in the files, whatever the model computes in.
     """
     checkpoint.load_weights(path, setting, model, optimizer)
-    coded = {n: t for n, t in named_tensors(model).items() if t.dtype == fp8.CODE}
+    coded = {n: t for n, t in named_tensors(model).items() if scales_of(t) is not None}
     if not coded:
         return []
     source, sums = open_base(path, setting), {}
@@ -148,8 +147,7 @@ def load_base(path: str, setting: str, model: Nano3, optimizer: AdamW | None) ->
                 piece.tensor.copy_(source.read(name, piece.index))
             rows = slice(first, first + shape[0])
             store(tensor, values, rows)
-            held = fp8.dequantise(tensor[rows], tensor.scales[rows], torch.float32)
-            for i, t in enumerate((held - values, values)):
+            for i, t in enumerate((decoded(tensor, rows) - values, values)):
                 error[i] += t.norm().item() ** 2
     source.close()
     share = "" if model.mesh.world == 1 else " of this rank's share"

@@ -107,6 +107,11 @@ def store(tensor: Tensor, values: Tensor, rows: int | slice = slice(None)) -> No
     tensor.scales[rows] = scales
 
 
+def decoded(tensor: Tensor, rows: int | slice) -> Tensor:
+    """Some rows of a tensor of codes as the numbers that they stand for, in fp32."""
+    return fp8.dequantise(tensor[rows], tensor.scales[rows], torch.float32)
+
+
 @torch.no_grad()
 def initialise(
     model: nn.Module, c: ModelConfig, seed: int, device: torch.device | str = "cpu", adapters_only: bool = False
