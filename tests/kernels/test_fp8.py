@@ -41,6 +41,7 @@ def test_no_finite_number_passes_the_largest_code() -> None:
     codes, scales = quantise(top.flatten().unsqueeze(-1))
     largest = codes.float()
     assert ((largest >= 224) & (largest <= 448)).all()
+    assert (top.flatten() <= 448 * scales.float().flatten()).all()
     assert ((largest * scales.float()).flatten() / top.flatten() - 1).abs().max() <= 1 / 16
 
 
