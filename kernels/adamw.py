@@ -176,6 +176,12 @@ def _mixed(x):
 
 
 @jit
+def _largest(x):
+    """[ROWS, BLOCK] of what is not negative -> [ROWS, 1]; infinite where a number is not finite, NaN included."""
+    return tl.max(tl.where(x != x, float("inf"), x), axis=1, keep_dims=True)
+
+
+@jit
 def _narrow(x, bits, ptr):
     """fp32 -> the dtype of what ptr points to; bf16 with the 16 bits given."""
     if ptr.dtype.element_ty == tl.bfloat16:
@@ -219,7 +225,7 @@ def _adamw_kernel(
     tl.store(weight_ptr + here, _narrow(w, bits & 0xFFFF, weight_ptr), mask=mask)
 
     if CODES:
-        scale = tl.max(tl.abs(m), axis=1, keep_dims=True)
+        scale = _largest(tl.abs(m))
         tl.store(first_scale_ptr + at, scale, mask=live)
         y = tl.div_rn(tl.abs(m), tl.where(scale == 0, 1.0, scale)) * 16129.0
         low = tl.minimum(tl.floor(tl.sqrt_rn(y)), 126.0)
@@ -227,7 +233,7 @@ def _adamw_kernel(
         code = tl.where(u * (2.0 * low + 1.0) < y - low * low, low + 1.0, low)
         tl.store(first_ptr + here, tl.where(m < 0, -code, code).to(tl.int8), mask=mask)
 
-        scale = tl.max(v, axis=1, keep_dims=True)
+        scale = _largest(v)
         tl.store(second_scale_ptr + at, scale, mask=live)
         y = tl.div_rn(v, tl.where(scale == 0, 1.0, scale)) * 4228250625.0
         low = tl.minimum(tl.floor(tl.sqrt_rn(tl.sqrt_rn(y))), 254.0)
