@@ -11,8 +11,8 @@ update is less than 2^-9 of it, and most are.
 arXiv:2110.02861, which has blocks of 2048 and a table for a code).  Adam divides one moment by the root of the other,
 so small elements matter as much as large ones, and the code's steps must shrink with them.  Here a power does that:
 
-    m = scale sign(c) (c / 127)^2, c in -127 .. 127        down to 6e-5 of the block's largest
-    v = scale (c / 255)^4,         c in 0 .. 255           sqrt(v) down to 1.5e-5; 0 only where v is 0
+    m = scale sign(c) (c / 127)^4, c in -127 .. 127    a step is 4 / c; down to 4e-9 of the block's largest
+    v = scale (c / 255)^8,         c in 0 .. 255       sqrt(v) in the same steps, to 2e-10; 0 only where v is 0
 
 The random bits are a hash of seed, tensor, step and the element's index in the whole tensor: no state, and the same
 under any layout.
@@ -101,6 +101,10 @@ def _blocks(x: Tensor, block: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -W % block)).view(R, -1, block)
 
 
+def _fourth(x: Tensor) -> Tensor:
+    return (x * x) * (x * x)
+
+
 def encode(x: Tensor, block: int, bits: Tensor, second: bool) -> Moment:
     """(R, W) -> codes of 8 bits.  bits: 0 .. 65535 for each element.  second: of the second moment."""
     whole = _blocks(x, block)
@@ -108,16 +112,15 @@ def encode(x: Tensor, block: int, bits: Tensor, second: bool) -> Moment:
     share = whole.abs() / scale.masked_fill(scale == 0, 1.0)[..., None]
     u = (_blocks(bits, block).to(x.dtype) + 0.5) / 65536
     if second:
-        y = share * 255.0**4
-        low = y.sqrt().sqrt().floor().clamp_max(254.0)
-        below, above = low**2, (low + 1) ** 2
-        up = u * (above * above - below * below) < y - below * below
-        code = torch.where(whole > 0, (low + up).clamp_min(1.0), 0.0)
+        y = share * 255.0**8
+        low = y.sqrt().sqrt().sqrt().floor().clamp_max(254.0)
+        below, above = (_fourth(x) ** 2 for x in (low, low + 1))
+        code = torch.where(whole > 0, (low + (u * (above - below) < y - below)).clamp_min(1.0), 0.0)
     else:
-        y = share * 127.0**2
-        low = y.sqrt().floor().clamp_max(126.0)
-        up = u * (2.0 * low + 1.0) < y - low * low
-        code = (low + up).copysign(whole)
+        y = share * 127.0**4
+        low = y.sqrt().sqrt().floor().clamp_max(126.0)
+        below, above = _fourth(low), _fourth(low + 1)
+        code = (low + (u * (above - below) < y - below)).copysign(whole)
     code = code.flatten(1)[:, : x.shape[1]]
     return Moment(code.nan_to_num().to(torch.uint8 if second else torch.int8), scale.float())
 
@@ -128,7 +131,7 @@ def decode(moment: Moment, block: int) -> Tensor:
     if scale is None:
         return data.to(torch.promote_types(data.dtype, torch.float32))
     t = _blocks(data.float(), block) / (255.0 if data.dtype == torch.uint8 else 127.0)
-    x = (t * t) * (t * t) if data.dtype == torch.uint8 else t * t.abs()
+    x = _fourth(t) ** 2 if data.dtype == torch.uint8 else _fourth(t).copysign(t)
     return (scale[..., None] * x).flatten(1)[:, : data.shape[1]]
 
 
@@ -176,6 +179,11 @@ def _mixed(x):
 
 
 @jit
+def _fourth_power(x):
+    return (x * x) * (x * x)
+
+
+@jit
 def _largest(x):
     """[ROWS, BLOCK] of what is not negative -> [ROWS, 1]; infinite where a number is not finite, NaN included."""
     return tl.max(tl.where(x != x, float("inf"), x), axis=1, keep_dims=True)
@@ -215,10 +223,10 @@ def _adamw_kernel(
     m = tl.load(first_ptr + here, mask=mask, other=0).to(tl.float32)
     v = tl.load(second_ptr + here, mask=mask, other=0).to(tl.float32)
     if CODES:
-        m = tl.div_rn(m, 127.0)
-        m = tl.load(first_scale_ptr + at, mask=live, other=0.0) * (m * tl.abs(m))
-        v = tl.div_rn(v, 255.0)
-        v = tl.load(second_scale_ptr + at, mask=live, other=0.0) * ((v * v) * (v * v))
+        share = _fourth_power(tl.div_rn(m, 127.0))
+        m = tl.load(first_scale_ptr + at, mask=live, other=0.0) * tl.where(m < 0, -share, share)
+        share = _fourth_power(tl.div_rn(v, 255.0))
+        v = tl.load(second_scale_ptr + at, mask=live, other=0.0) * (share * share)
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * (g * g)
     w -= decay * w + tl.div_rn(size * m, tl.sqrt_rn(v) * root + eps)
@@ -227,20 +235,24 @@ def _adamw_kernel(
     if CODES:
         scale = _largest(tl.abs(m))
         tl.store(first_scale_ptr + at, scale, mask=live)
-        y = tl.div_rn(tl.abs(m), tl.where(scale == 0, 1.0, scale)) * 16129.0
-        low = tl.minimum(tl.floor(tl.sqrt_rn(y)), 126.0)
+        y = tl.div_rn(tl.abs(m), tl.where(scale == 0, 1.0, scale)) * 127.0**4
+        low = tl.minimum(tl.floor(tl.sqrt_rn(tl.sqrt_rn(y))), 126.0)
+        below = _fourth_power(low)
+        above = _fourth_power(low + 1.0)
         u = ((bits >> 16).to(tl.float32) + 0.5) / 65536
-        code = tl.where(u * (2.0 * low + 1.0) < y - low * low, low + 1.0, low)
+        code = tl.where(u * (above - below) < y - below, low + 1.0, low)
         tl.store(first_ptr + here, tl.where(m < 0, -code, code).to(tl.int8), mask=mask)
 
         scale = _largest(v)
         tl.store(second_scale_ptr + at, scale, mask=live)
-        y = tl.div_rn(v, tl.where(scale == 0, 1.0, scale)) * 4228250625.0
-        low = tl.minimum(tl.floor(tl.sqrt_rn(tl.sqrt_rn(y))), 254.0)
-        below = low * low
-        above = (low + 1.0) * (low + 1.0)
+        y = tl.div_rn(v, tl.where(scale == 0, 1.0, scale)) * 255.0**8
+        low = tl.minimum(tl.floor(tl.sqrt_rn(tl.sqrt_rn(tl.sqrt_rn(y)))), 254.0)
+        below = _fourth_power(low)
+        below *= below
+        above = _fourth_power(low + 1.0)
+        above *= above
         u = ((more & 0xFFFF).to(tl.float32) + 0.5) / 65536
-        code = tl.where(u * (above * above - below * below) < y - below * below, low + 1.0, low)
+        code = tl.where(u * (above - below) < y - below, low + 1.0, low)
         code = tl.where(v > 0, tl.maximum(code, 1.0), 0.0)
         tl.store(second_ptr + here, code.to(tl.int32).to(tl.uint8), mask=mask)
     else:
