@@ -26,6 +26,7 @@ from nano3.parallel.tensor import Split
 
 State = dict[str, dict[str, Tensor]]  # by tensor and kind
 LEAST = 16  # elements that may share a scale; tensors with shorter rows keep fp32 moments
+CPU = torch.device("cpu")  # where moments wait that were stored in another form
 TP_POWER = 8  # tp up to this power of two cuts no block
 
 
@@ -117,12 +118,15 @@ def update_for(tensors: dict[str, Tensors], c: OptimizerConfig, seed: int) -> Up
     return Compact(tensors, c, seed) if is_compact(c) else Fused(tensors, c)
 
 
-def _new(t: Tensors, form: str) -> tuple[Moment, Moment]:
-    """Moments of zero for a rank's rows: 8bit, bf16, or wide."""
+def _new(t: Tensors, form: str, device: torch.device | None = None) -> tuple[Moment, Moment]:
+    """Moments of zero for a rank's rows: 8bit, bf16, or wide; on the weights' device if no other is given."""
+    device = device or t.rows.device
     rows, block = t.rows, block_of(t.parameter.shape, t.split) if form == "8bit" else 0
     if not block:
         narrow, full = torch.bfloat16, torch.promote_types(rows.dtype, torch.float32)
-        return tuple(Moment(torch.zeros_like(rows, dtype=narrow if form == "bf16" else full)) for _ in range(2))
+        return tuple(
+            Moment(torch.zeros_like(rows, dtype=narrow if form == "bf16" else full, device=device)) for _ in range(2)
+        )
     if cut_by_columns(rows.shape, t.split) and rows.shape[-1] % block:
         raise UserError(
             f"optimizer.moments=8bit: {t.pieces[0].name if t.pieces else 'a tensor'} has {rows.shape[-1]} columns on a "
@@ -130,7 +134,7 @@ def _new(t: Tensors, form: str) -> tuple[Moment, Moment]:
         )
     blocks = (*rows.shape[:-1], -(-rows.shape[-1] // block))
     return tuple(
-        Moment(torch.zeros_like(rows, dtype=dtype), torch.zeros(blocks, device=rows.device))
+        Moment(torch.zeros_like(rows, dtype=dtype, device=device), torch.zeros(blocks, device=device))
         for dtype in (torch.int8, torch.uint8)
     )
 
@@ -153,9 +157,14 @@ def _matrices(moment: Moment) -> Moment:
 
 
 def _convert(there: Moment, here: Moment, block: int) -> None:
-    """The same numbers in another form, rounded to nearest."""
+    """The same numbers in another form, rounded to nearest; some rows at a time, so that it takes little memory."""
     a, b = _matrices(there), _matrices(here)
-    store(b, decode(a, block), block, torch.full(b.data.shape, 1 << 15, dtype=torch.int64, device=b.data.device))
+    R, W = b.data.shape
+    for first in range(0, R, n := max(1, (1 << 22) // W)):
+        part, to = (Moment(*(None if t is None else t[first : first + n] for t in m)) for m in (a, b))
+        part = Moment(*(None if t is None else t.to(b.data.device) for t in part))
+        bits = torch.full(to.data.shape, 1 << 15, dtype=torch.int64, device=b.data.device)
+        store(to, decode(part, block), block, bits)
 
 
 class Fused:
@@ -210,7 +219,7 @@ class Fused:
             if not steps or not master.numel():
                 continue
             if stored == "8bit" and block_of(self.tensors[name].parameter.shape, self.tensors[name].split):
-                self.incoming[name] = _new(self.tensors[name], "8bit")
+                self.incoming[name] = _new(self.tensors[name], "8bit", CPU)
             self.inner.state[master] = {
                 "step": torch.tensor(float(steps), device=master.device),
                 "exp_avg": torch.zeros_like(master),
@@ -277,7 +286,7 @@ class Compact:
             self.moments[name] = _new(t, self._form())
             differs = stored is not None and (stored == "8bit") != (self.config.moments == "8bit")
             if differs and block_of(t.parameter.shape, t.split):
-                self.incoming[name] = _new(t, stored)
+                self.incoming[name] = _new(t, stored, CPU)
         out = self.state()
         for name, moments in self.incoming.items():
             kept = {kind: x for kind, x in out[name].items() if kind == "master"}

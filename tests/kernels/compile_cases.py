@@ -117,7 +117,7 @@ def adamw_update(s: Sizes, dtype: torch.dtype) -> None:
         ]
         wide = [Moment(cuda(s.F, width, grad=False)) for _ in range(2)]
         narrow = [Moment(cuda(s.F, width, dtype=torch.bfloat16, grad=False)) for _ in range(2)]
-        for moments in (codes, wide, narrow):
+        for moments in (codes, wide, narrow) if block == 128 else (codes,):
             adamw(weight, weight, *moments, clip, step, (5, 6), Place(width), block)
         adamw(cuda(s.F, width, grad=False), weight, *codes, clip, step, (5, 6), Place(width), block)
 
