@@ -85,6 +85,11 @@ def test_a_second_moment_is_0_only_where_it_is(device: str) -> None:
     for bits in (0, 65535):
         found = encode(x, 4, torch.full((1, 4), bits, device=device), True)
         assert (found.data > 0).tolist() == [[True, True, True, False]]
+    weight, gradient = torch.ones(1, 16, device=device), torch.zeros(1, 16, device=device)
+    gradient[0, :2] = torch.tensor([1.0, 1e-12])
+    kept = [encode(torch.zeros_like(weight), 16, gradient.long(), second) for second in (False, True)]
+    adamw(weight, gradient, *kept, torch.tensor(1.0, device=device), STEP, (1, 2), Place(16), 16)
+    assert kept[1].data[0, :3].tolist() == [255, 1, 0]
 
 
 def test_what_is_not_finite_stays_so(device: str) -> None:
