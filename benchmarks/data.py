@@ -1,5 +1,7 @@
 """Data on the CPU: building indices, blending, reading samples, preparing text.  python -m benchmarks.data [--tokens N]
 
+--prepare-mb N times the whole of nano3.data.prepare on N MB instead, start-up included, by the clock and in CPU time.
+
 Prints a table and, as the last line, JSON.  Reading is from the page cache (the file has just been written); preparing
 is compared in CPU time with the tokenizer alone on the same documents, so other work on the machine does not count.
 """
@@ -8,7 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import resource
+import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -86,8 +92,8 @@ def blend_records(folder: Path) -> list[dict]:
     return out
 
 
-def prepare_records(folder: Path) -> list[dict]:
-    """One process on Python's own source text, with a byte-pair vocabulary learnt from a part of it."""
+def source_texts(folder: Path) -> list[str]:
+    """Python's own source text in pieces, and a byte-pair vocabulary learnt from a part of it: tokenizer.json."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -98,6 +104,12 @@ def prepare_records(folder: Path) -> list[dict]:
     trainer = trainers.BpeTrainer(vocab_size=8000, special_tokens=["</s>"], show_progress=False)
     inner.train_from_iterator(texts[:1500], trainer)
     inner.save(str(folder / "tokenizer.json"))
+    return texts
+
+
+def prepare_records(folder: Path) -> list[dict]:
+    """One process."""
+    texts = source_texts(folder)
     tokenizer = HuggingFaceTokenizer(str(folder / "tokenizer.json"))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     job = Job(str(folder / "out"), "", Read(), True, "99,1", False)
@@ -122,12 +134,56 @@ def prepare_records(folder: Path) -> list[dict]:
     ]
 
 
+def encode_share(path: str, number: int, workers: int) -> tuple[float, float, float]:
+    """Encode every `workers`-th line of a JSONL file.  Returns when it began and ended, and the CPU time."""
+    tokenizer = HuggingFaceTokenizer(str(Path(path).with_name("tokenizer.json")))
+    with open(path) as f:
+        texts = [json.loads(line)["text"] for i, line in enumerate(f) if i % workers == number]
+    begin, spent = time.time(), time.process_time()
+    for text in texts:
+        tokenizer.encode(text)
+    return begin, time.time(), time.process_time() - spent
+
+
+def large_record(folder: Path, megabytes: int, workers: int) -> dict:
+    """The whole program on a large file, start-up included, against the tokenizer alone in as many processes."""
+    texts, path = source_texts(folder), folder / "text.jsonl"
+    size = count = 0
+    with path.open("w") as f:
+        while size < megabytes * 1e6:
+            text = f"# {count}\n{texts[count % len(texts)]}"
+            f.write(json.dumps({"text": text}) + "\n")
+            size, count = size + len(text.encode()), count + 1
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        found = pool.starmap(encode_share, [(str(path), i, workers) for i in range(workers)])
+    alone = max(end for _, end, _ in found) - min(begin for begin, _, _ in found)
+    command = [sys.executable, "-m", "nano3.data.prepare", "--input", str(path), "--output-prefix", str(folder / "o/x")]
+    command += ["--tokenizer-model", str(folder / "tokenizer.json"), "--append-eod", "--workers", str(workers)]
+    start, before = time.time(), os.times()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    whole, after = time.time() - start, os.times()
+    cpu = sum(after[2:4]) - sum(before[2:4])
+    return {
+        "op": "prepare JSONL",
+        "shape": f"{size / 1e6:.0f} MB, {workers} workers",
+        "MB/s": size / 1e6 / whole,
+        "of_tokenizer_alone": alone / whole,
+        "of_its_cpu_time": sum(spent for *_, spent in found) / cpu,
+    }
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--tokens", type=int, default=100_000_000)
+    p.add_argument("--prepare-mb", type=int, default=0, help="only nano3.data.prepare, on a file of this size")
+    p.add_argument("--workers", type=int, default=2, help="of it")
+    args = p.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        records = sampling_records(folder, p.parse_args().tokens)
+        if args.prepare_mb:
+            print(json.dumps(large_record(folder, args.prepare_mb, args.workers)))
+            return
+        records = sampling_records(folder, args.tokens)
         records += [loading_record(folder, seq_length) for seq_length in (128, 2048, 8192)]
         records += blend_records(folder) + prepare_records(folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kernels._common import leave_free
 from nano3.cli import parser, resolve
 from nano3.config import Config
 from nano3.data.loader import Batch
@@ -101,7 +100,6 @@ def worker(args: argparse.Namespace) -> None:
     count_bytes(sent)
     config = config_of(args, args.worker)
     mesh = create_mesh(config, world, rank, local)
-    leave_free(config.parallel.communication_sms if world > 1 else 0)
     cuda = mesh.device.type == "cuda"
     torch.backends.cuda.matmul.allow_tf32 = False
     dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
@@ -109,6 +107,7 @@ def worker(args: argparse.Namespace) -> None:
     model = allocate(build(config.model, config.recompute, mesh, parts), mesh.device, dtype)
     initialise(model, config.model, config.rng.seed, device=mesh.device)
     optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
+    optimizer.communication_sms = config.parallel.communication_sms
     data = [rows(config, mesh, step) for step in range(args.steps)]
     losses, begin = [], 0.0
     for step, batches in enumerate(data):
@@ -171,6 +170,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=1, help="sequences a data-parallel rank trains on per step")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--device", default="cuda")
+    p.add_argument("--no-yardstick", dest="yardstick", action="store_false", help="leave out the other kernel")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, as of train.py")
     p.add_argument("--trace", default="", metavar="FOLDER", help="write a Chrome trace of each run's last step there")
     p.add_argument("--out", default="", metavar="JSON")
@@ -187,7 +187,7 @@ def main() -> None:
     kernel = "triton" if args.device == "cuda" else "torch"  # auto is PyTorch's for unpacked rows on a GPU
     for model in args.model:
         alone: dict[int, dict | None] = {}
-        for layout in ["other kernel", *args.layouts]:
+        for layout in [*(["other kernel"] if args.yardstick else []), *args.layouts]:
             other = layout == "other kernel"
             asked = {} if other else dict(o.split("=") for o in layout.split())
             ranks = 1 if other else args.ranks

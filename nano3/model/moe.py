@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels.balance import balance_sums, balance_terms
 from kernels.grouped_gemm import experts
 from kernels.relu2 import relu2
 from kernels.routing import Routes, expert_counts, route
@@ -120,7 +121,8 @@ class MoE(nn.Module):
         if rows.real is not None:  # padding is computed like any token, and counted nowhere
             real = routes.experts_TK.where(rows.real.reshape(-1, 1), self.E)
             counts = expert_counts(real, self.E + 1, self.gate.backend)[:-1]
-        return y, Balance(sequence_balance_loss(scores, self.K, self.tp, rows.real, rows.document), counts)
+        aux = sequence_balance_loss(scores, self.K, self.tp, rows.real, rows.document, self.gate.backend)
+        return y, Balance(aux, counts)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
         return self(u, Rows(), None, whole=True)[0]
@@ -132,6 +134,7 @@ def sequence_balance_loss(
     tp: Axis = ALONE.tp,
     real_BS: Tensor | None = None,
     document_BS: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """E sum_i f_i mean_t p_ti per row, (B,): 1 when every expert is chosen equally often.
 
@@ -144,16 +147,14 @@ def sequence_balance_loss(
     """
     B, S, E = scores_BSE.shape
     length = torch.full((B,), S * tp.size, device=scores_BSE.device)
-    p = scores_BSE / (scores_BSE.sum(-1, keepdim=True) + 1e-20)
-    with torch.no_grad():
-        chosen = torch.zeros_like(p).scatter_(-1, p.topk(top_k, dim=-1).indices, 1.0)
     if real_BS is not None:
-        p, chosen = p * real_BS.unsqueeze(-1), chosen * real_BS.unsqueeze(-1)
         length = all_sum(real_BS.sum(1), tp.group).clamp_min(1)
     if document_BS is None:
-        counts = all_sum(chosen.sum(1), tp.group)  # (B, E)
+        counts, sums = balance_sums(scores_BSE, top_k, real_BS, backend)  # (B, E)
+        counts = all_sum(counts, tp.group)
         share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
-        return (share * p.sum(1)).sum(-1) * E / length
+        return (share * sums).sum(-1) * E / length
+    p, chosen = balance_terms(scores_BSE, top_k, real_BS)
     counts = torch.zeros(B * S * tp.size, E, dtype=p.dtype, device=p.device)  # as many documents as tokens, at most
     counts = all_sum(counts.index_add_(0, document_BS.flatten(), chosen.flatten(0, 1)), tp.group)
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)

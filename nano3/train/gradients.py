@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels._common import leave_free
 from nano3.model.layout import split_of
 from nano3.parallel.collectives import all_sum
 from nano3.parallel.data import Bucket, Member, is_direct, make_buckets
@@ -33,7 +34,11 @@ class Gradients:
     """model: a Nano3 with memory; its mesh says over which ranks a tensor's rows are spread.
 
     A parameter that requires no gradient is frozen: nothing is kept for it, and no message carries it.
+
+    communication_sms: multiprocessors of a GPU that resident kernels leave free while buckets are under way.
     """
+
+    communication_sms = 0
 
     def __init__(self, model: nn.Module, reduce_in_fp32: bool = True, sum_in_bf16: bool = False) -> None:
         self.mesh = model.mesh
@@ -77,6 +82,12 @@ class Gradients:
                 if len(bucket.arrived) < len(bucket.members):
                     return
                 bucket.reduce()
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Let kernels leave room for messages if any are under way."""
+        if self.communication_sms:
+            leave_free(self.communication_sms if any(b.work is not None for b in self.buckets) else 0)
 
     def _wait_before_use(self, model: nn.Module) -> None:
         """Let each block wait for its own parameters; what the head needs arrives before the last norm."""
@@ -90,12 +101,16 @@ class Gradients:
         for prefix, module in users.items():
             mine = [b for b in self.buckets if any(m.name.startswith(prefix) for m in b.members)]
             if mine:  # not frozen
-                module.register_forward_pre_hook(lambda *_, mine=mine: [b.finish_gather() for b in mine] and None)
+                module.register_forward_pre_hook(lambda *_, mine=mine: self._finish(mine))
+
+    def _finish(self, buckets: list[Bucket]) -> None:
+        for bucket in buckets:
+            bucket.finish_gather()
+        self._make_room()
 
     def finish_gather(self) -> None:
         """Wait until all parameters are what the last step made them."""
-        for bucket in self.buckets:
-            bucket.finish_gather()
+        self._finish(self.buckets)
 
     def reduced_gradients(self) -> dict[str, Tensor]:
         """This rank's rows of every gradient, summed over all ranks that add to it; clears what was collected."""
@@ -103,6 +118,7 @@ class Gradients:
             if bucket.row is None:
                 bucket.reduce()
         found = {name: g for bucket in self.buckets for name, g in bucket.finish_reduce().items()}
+        self._make_room()
         dense = {n: s for n in found if (s := self.splits[n]) is None or s.axis == "tp"}
         # With the sequence split, a replicated tensor has seen this rank's tokens only; so has a KV head's copy.
         _sum_together([found[n] for n, s in dense.items() if s is None], self.mesh.tp)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kernels._common import INTERPRET, leave_free, triton
+from kernels._common import INTERPRET, triton
 from nano3 import adapters
 from nano3.cli import difference, to_yaml
 from nano3.config import Config, UserError
@@ -41,7 +41,6 @@ class Trainer:
     def __init__(self, config: Config, name: str, mesh: Mesh) -> None:
         self.config, self.name, self.mesh = config, name, mesh
         check_kernels(config, mesh.device)
-        leave_free(config.parallel.communication_sms if mesh.world > 1 else 0)
         micro = config.micro_batch(mesh.dp.size)
         self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
         checkpoint.choose_tokenizer(config, self._resumable() or config.checkpoint.pretrained_checkpoint)
@@ -61,6 +60,7 @@ class Trainer:
         elif self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
             initialise(self.model, config.model, config.rng.seed)
         self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32, config.rng.seed)
+        self.optimizer.communication_sms = config.parallel.communication_sms
         if config.peft.adapts:
             self.recipe = adapters.start(config, self.loaded, self.model, self.optimizer)
         if self.loaded is not None:

@@ -63,6 +63,7 @@ class AdamW(Gradients):
                 if rows.dtype != self.masters[m.name].dtype:
                     rows.copy_(self.masters[m.name])
             bucket.gather()
+        self._make_room()
 
     @property
     def steps(self) -> int:

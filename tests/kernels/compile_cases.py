@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import cross_entropy, grouped_gemm, grouped_gemm_configs
 from kernels.adamw import Moment, Place, Step, adamw
 from kernels.attention import attention
+from kernels.balance import balance_sums
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
 from kernels.cross_entropy import linear_cross_entropy, vocabulary_gradient, vocabulary_statistics
 from kernels.gated_norm import gated_rms_norm
@@ -125,6 +126,12 @@ def adamw_update(s: Sizes, dtype: torch.dtype) -> None:
 @case(nano=True)
 def squared_relu(s: Sizes, dtype: torch.dtype) -> None:
     backward(relu2(cuda(s.T, s.F, dtype=dtype)))
+
+
+@case(nano=True)
+def balance(s: Sizes, dtype: torch.dtype) -> None:
+    _, sums = balance_sums(cuda(1, s.T, s.E), s.K)
+    backward(None, sums)
 
 
 @case()

@@ -9,6 +9,7 @@ import torch
 from nano3.config import ModelConfig
 from nano3.model.init import allocate, initialise
 from nano3.parallel.layout import check_layout
+from nano3.train import gradients
 from nano3.train import traffic as module
 from nano3.train.checkpoint import build
 from nano3.train.memory import rows_per_token, shares
@@ -89,3 +90,26 @@ def test_the_table_loses_nothing() -> None:
     assert max(map(len, table.splitlines())) <= 100
     numbers = [int(row[61:71].replace(",", "")) for row in table.splitlines()[1:-2]]
     assert sum(numbers) == sum(line.messages for line in lines)
+
+
+def test_resident_kernels_leave_room_while_buckets_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first bucket that leaves during the backward pass to the sum, and from the update to the last gathering,
+    which the forward pass of the next step waits for."""
+    config = config_for(["parallel.tp=1"])
+    layout = check_layout(config, 2)
+    mesh = mirror_mesh(config, layout, 0)
+    model = build(config.model, mesh=mesh)
+    initialise(allocate(model, CPU, torch.float32), config.model, seed=5)
+    optimizer = AdamW(model, config.optimizer)
+    optimizer.communication_sms = 7
+    seen: list[int] = []
+    monkeypatch.setattr(gradients, "leave_free", seen.append)
+    rows = batches_of(config, 0, False, mesh.dp.rank, mesh.dp.size)
+    with monkeypatch.context() as patch:
+        Mirror(patch)
+        training_step(model, optimizer, rows, config, mesh, 1e-3, False)
+        while_backward = len(optimizer.buckets)
+        assert seen[-while_backward - 2 :] == [7] * while_backward + [0, 7]
+        seen.clear()
+        optimizer.finish_gather()
+    assert seen == [0]
