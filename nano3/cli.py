@@ -256,6 +256,12 @@ def validate(config: Config) -> None:
             raise UserError(f"optimizer.{key}={beta} must lie in [0, 1)")
     if config.optimizer.adam_eps <= 0:
         raise UserError(f"optimizer.adam_eps={config.optimizer.adam_eps} must be positive")
+    for key, forms in (
+        ("moments", ["fp32", "bf16", "8bit"]),
+        ("masters", ["fp32", "none"]),
+        ("gradients", ["fp32", "bf16"]),
+    ):
+        _one_of(f"optimizer.{key}", getattr(config.optimizer, key), forms)
     kinds = ["none", "full", *KINDS.values()]
     for kind in [t.recompute] if isinstance(t.recompute, str) else t.recompute or []:
         _one_of("train.recompute", kind, kinds)

@@ -24,7 +24,13 @@ from nano3.train.checkpoint import build
 from nano3.train.plan import parameters
 from nano3.train.storage import MANIFEST, POINTER
 
-STATE = ("exp_avg.", "exp_avg_sq.", "master.")  # how the keys of optimizer state begin
+STATE = (
+    "exp_avg.",
+    "exp_avg_scale.",
+    "exp_avg_sq.",
+    "exp_avg_sq_scale.",
+    "master.",
+)  # how the keys of optimizer state begin
 
 
 def open_any(

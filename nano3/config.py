@@ -272,6 +272,10 @@ class OptimizerConfig:
     adam_eps: float = 1e-8
     weight_decay: float = 0.1
     clip_grad: float = 1.0  # global L2 norm; 0 switches clipping off
+    # what is kept of each number (docs/finetuning.md)
+    moments: str = "fp32"  # or bf16, or 8bit: codes, with a scale for each 128
+    masters: str = "fp32"  # or none: bf16 weights are updated in place, rounded stochastically
+    gradients: str = "fp32"  # or bf16: the sums over micro-batches, of bf16 weights
 
 
 @dataclass(kw_only=True)

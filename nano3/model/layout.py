@@ -101,7 +101,9 @@ def pieces(name: str, held: Tensor, first: int, local: torch.Size, model: Nano3)
     if split.dim > 0:
         offsets = [first, *zeros]
         offsets[split.dim] = index * local[split.dim]
-        yield Piece(name, split.whole_shape(local), tuple(offsets), held, name)
+        whole = list(local)
+        whole[split.dim] *= parts
+        yield Piece(name, torch.Size(whole), tuple(offsets), held, name)
         return
     start = base = 0  # of the component's cut in the local tensor, of the component in the whole one
     for component, size in zip(split.names, split.pieces, strict=True):

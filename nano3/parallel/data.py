@@ -139,12 +139,18 @@ def is_direct(name: str) -> bool:
 
 
 def make_buckets(
-    parameters: dict[str, Tensor], axis_of: Callable[[str], Axis], wire: torch.dtype | None, size: int = 1 << 24
+    parameters: dict[str, Tensor],
+    axis_of: Callable[[str], Axis],
+    wire: torch.dtype | None,
+    size: int = 1 << 24,
+    *,
+    sum_bf16: bool = False,
 ) -> list[Bucket]:
     """Buckets of about `size` elements in the order in which a backward pass completes them: the last layers first.
 
     A tensor of that size has a bucket of its own, whose rows are then the tensor's; so has one that is added to it
-    directly.  wire: dtype of the messages, None for that of the sums, which is fp32 for narrower parameters.
+    directly.  wire: dtype of the messages for gradients of parameters of that dtype.  Everything else travels in fp32,
+    and is summed over micro-batches in fp32; or, sum_bf16, gradients of bf16 parameters in bf16.
     """
     out: list[Bucket] = []
     open_buckets: dict[object, Bucket] = {}
@@ -153,9 +159,10 @@ def make_buckets(
         key = (axis.ranks, p.dtype)
         bucket = None if is_direct(name) else open_buckets.get(key)
         if bucket is None or bucket.width * axis.size + p.numel() > size:
-            sums = torch.promote_types(p.dtype, torch.float32)
-            narrow = wire is not None and p.dtype == wire
-            bucket = Bucket(axis, sums, wire if narrow else sums)
+            wide = torch.promote_types(p.dtype, torch.float32)
+            sent = wire if wire is not None and p.dtype == wire else wide
+            sums = p.dtype if sum_bf16 and p.dtype == torch.bfloat16 else wide
+            bucket = Bucket(axis, sums, sums if sum_bf16 and axis.size == 1 else sent)  # no copy where none travels
             out.append(bucket)
             if not is_direct(name):
                 open_buckets[key] = bucket

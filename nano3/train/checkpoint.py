@@ -116,7 +116,12 @@ def owned(model: Nano3, optimizer: AdamW) -> Iterator[Piece]:
         first = optimizer.first_row(name)
         yield from _named("model", name, optimizer.shard(name, tensor.detach()), first, local, model)
         for kind, share in state[name].items():
-            yield from _named(kind, name, share, first, local, model)
+            yield from _named(kind, name, share, first, _like(share, local), model)
+
+
+def _like(share: Tensor, local: torch.Size) -> torch.Size:
+    """The shape of what a rank's part of a tensor has of this kind: scales are fewer than elements."""
+    return torch.Size((local[0], *share.shape[1:]))
 
 
 def _named(kind: str, name: str, held: Tensor, first: int, local: torch.Size, model: Nano3) -> Iterator[Piece]:
@@ -145,10 +150,11 @@ def wanted(
             full = optimizer is not None and tensor.dtype.itemsize >= 4 and master in keys
             found.append(piece._replace(key=master) if full else piece)
     if optimizer is not None:
-        for name, state in optimizer.resume_state(steps).items():
+        stored = "8bit" if any(k.startswith("exp_avg_scale.") for k in keys) else "wide"
+        for name, state in optimizer.resume_state(steps, stored).items():
             local, first = optimizer.parameters[name].shape, optimizer.first_row(name)
             for kind, share in state.items() if choose(name) else ():
-                for piece in _named(kind, name, share, first, local, model):
+                for piece in _named(kind, name, share, first, _like(share, local), model):
                     weight = piece.key.replace("master.", "model.", 1)
                     found.append(piece if piece.key in keys else piece._replace(key=weight))
     out: dict[str, list[Piece]] = {}
@@ -259,6 +265,8 @@ def load(path: str, setting: str, model: Nano3, optimizer: AdamW | None, or_last
             "checkpoint.pretrained_checkpoint"
         )
     read(Container(folder, manifest), shares, model.mesh)
+    if optimizer is not None:
+        optimizer.resumed()
     return manifest.progress
 
 

@@ -1,8 +1,8 @@
 """The gradients of a step: added up over micro-batches and over the ranks that hold the same tensor.
 
-Gradients of bf16 parameters are added up in fp32.  Each micro-batch's is added as soon as autograd has it, and freed;
-the experts' never pass through autograd, but are added, or for a step's first micro-batch stored, by the products that
-compute them.
+Gradients of bf16 parameters are added up in fp32, or in bf16 if asked to.  Each micro-batch's is added as soon as
+autograd has it, and freed; the experts' never pass through autograd, but are added, or for a step's first micro-batch
+stored, by the products that compute them.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ class Gradients:
 
     communication_sms = 0
 
-    def __init__(self, model: nn.Module, reduce_in_fp32: bool = True) -> None:
+    def __init__(self, model: nn.Module, reduce_in_fp32: bool = True, sum_in_bf16: bool = False) -> None:
         self.mesh = model.mesh
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.splits = {n: split_of(n, model.config, self.mesh.tp.size) for n, _ in model.named_parameters()}
-        self.buckets = make_buckets(self.parameters, self.axis, None if reduce_in_fp32 else torch.bfloat16)
+        self.buckets = make_buckets(
+            self.parameters, self.axis, None if reduce_in_fp32 else torch.bfloat16, sum_bf16=sum_in_bf16
+        )
         self.members = {m.name: (b, m) for b in self.buckets for m in b.members}
         self.last_micro_batch = False  # set by the loop: gradients that come now are the last of the step
         for name, p in self.parameters.items():

@@ -30,6 +30,7 @@ from nano3.train.plan import adapter_table, parameters, rank_parts, training_flo
 from nano3.train.schedule import learning_rate
 from nano3.train.step import StepReport, TrainingError, evaluate, training_step
 from nano3.train.storage import Progress
+from nano3.train.update import check_forms
 
 PEAK_TFLOPS = {"H100": 989.4, "H200": 989.4, "A100": 312.0, "B200": 2250.0}  # dense bf16, from the data sheets
 
@@ -47,6 +48,7 @@ class Trainer:
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
         dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
+        check_forms(config.optimizer, dtype == torch.bfloat16)
         parts = rank_parts(config, mesh.pp.rank)
         model = checkpoint.build(config.model, config.recompute, mesh, parts, config.peft)
         self.model = allocate(model, mesh.device, dtype)
@@ -57,7 +59,7 @@ class Trainer:
             initialise(self.model, config.model, config.rng.seed, adapters_only=True)
         elif self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
             initialise(self.model, config.model, config.rng.seed)
-        self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32)
+        self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32, config.rng.seed)
         self.optimizer.communication_sms = config.parallel.communication_sms
         if config.peft.adapts:
             self.recipe, self.about_base = adapters.start(config, self.loaded, self.model, self.optimizer)

@@ -20,6 +20,7 @@ from nano3.parallel.data import Bucket, Member, make_buckets
 from nano3.parallel.layout import AXES, Layout, kv_copies
 from nano3.parallel.mesh import Axis
 from nano3.parallel.pipeline_schedule import schedule
+from nano3.train.update import state_bytes
 
 Spans = list[tuple[int, int]]
 
@@ -96,8 +97,9 @@ def shares(config: Config, layout: Layout, spans: Spans, bf16: bool) -> list[Sha
             return axes["edp" if split is not None and split.axis == "ep" else "data"]
 
         wire = None if config.parallel.grad_reduce_in_fp32 else torch.bfloat16
+        narrow = config.optimizer.gradients == "bf16"
         letters = "|".join(c.hybrid_override_pattern[start:stop] for start, stop in parts)
-        out.append(Share(stage, parts, letters, axes, tensors, make_buckets(parameters, spread, wire)))
+        out.append(Share(stage, parts, letters, axes, tensors, make_buckets(parameters, spread, wire, sum_bf16=narrow)))
     return out
 
 
@@ -119,13 +121,15 @@ def memory_of(config: Config, layout: Layout, share: Share, bf16: bool, gpu: boo
     """The bytes of one share.
 
     Weights in the dtype each is kept in, buffers included.  Gradients in the sums' dtype, in buckets padded to whole
-    rows.  Optimizer: two moments for the rows that the rank owns, and a master where the weight is narrower.  After a
-    step the gathered weights travel in the place of the gradients, which are gone by then.
+    rows.  Optimizer: two moments for the rows that the rank owns, and a master where the weight is narrower, in the
+    forms that the settings ask for (`update.py`).  After a step the gathered weights travel in the place of the
+    gradients, which are gone by then.
     """
     optimizer = 0
     for bucket, m in share.members:
-        sums = bucket.dtype.itemsize
-        optimizer += share.owned(bucket, m) * sums * (2 if m.parameter.dtype == bucket.dtype else 3)
+        rows = m.owned(bucket.axis.rank)
+        split = split_of(m.name, config.model, layout.tp)
+        optimizer += state_bytes(config.optimizer, rows.stop - rows.start, m.parameter, split)
     return Memory(
         weights=sum(bytes_of(t) for t in share.tensors.values()),
         gradients=sum(b.axis.size * b.width * b.dtype.itemsize for b in share.buckets),

@@ -11,15 +11,18 @@ import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from nano3.cli import difference, parser, resolve
 from nano3.config import Config, ModelConfig, UserError
-from nano3.model.layout import whole_shapes
+from nano3.model.layout import split_of, whole_shapes
 from nano3.model.lora import adapter_shapes, sites_of
 from nano3.parallel.layout import Layout, check_layout, nearest_layout, objections
 from nano3.parallel.pipeline_schedule import bubble, cut, peak_in_flight, spans_of
 from nano3.presets import PRESETS
 from nano3.train.memory import Memory, Share, memory_of, micro_batches, shares
 from nano3.train.traffic import traffic, traffic_table
+from nano3.train.update import check_forms, state_bytes
 
 GiB = 1 << 30
 GPUS = {"80 GB (A100, H100)": 80e9, "141 GB (H200)": 141e9, "180 GB (B200)": 180e9}  # bytes, from the data sheets
@@ -126,8 +129,6 @@ def memory(config: Config, world: int, device_type: str) -> Memory:
 def machine_memory(device_type: str) -> int:
     """Bytes that one rank may use: the GPU's memory, or what the system has available (a container's limit counted)."""
     if device_type == "cuda":
-        import torch
-
         return torch.cuda.mem_get_info()[0]
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     meminfo = Path("/proc/meminfo")
@@ -164,7 +165,11 @@ def summary(config: Config, name: str, world: int, device_type: str) -> str:
     tokens = config.iterations * config.tokens_per_step
     left = f"dp={layout.dp}" + (f", edp={layout.edp}" if "E" in config.model.hybrid_override_pattern else "")
     devices = "GPUs" if device_type == "cuda" else "CPUs"
-    precision = "bf16 with fp32 masters" if uses_bf16(config, device_type) else "fp32"
+    o = config.optimizer
+    masters = "fp32 masters" if o.masters == "fp32" else "no masters"
+    precision = f"bf16 with {masters}" if uses_bf16(config, device_type) else "fp32"
+    if o.moments != "fp32":
+        precision += f", {o.moments.replace('8bit', '8-bit')} moments"
     return (
         f"{name}: {n.total:,} parameters, {n.active:,} active per token\n"
         f"run: {config.iterations:,} steps of {config.tokens_per_step:,} tokens = {tokens:,} tokens, "
@@ -229,25 +234,29 @@ def stage_table(config: Config, layout: Layout, found: list[Share], held: list[M
 def adapter_table(config: Config, bf16: bool) -> list[str]:
     """Where the rank of adapters goes: by kind of weight how many, their trained parameters, and bytes in training.
 
-    A trained number costs itself, its gradient's sum and two moments in fp32, and where it is bf16 a master.
+    A trained number costs itself, its gradient's sum, two moments, and where it is bf16 a master, as optimizer.* says.
     """
     c, peft = config.model, config.peft
     shapes = whole_shapes(c)
-    kinds: dict[str, list[int]] = {}
+    kinds: dict[str, list[int]] = {}  # number, parameters, bytes
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    each = dtype.itemsize + (2 if config.optimizer.gradients == "bf16" else 4)
     for site in sites_of(c, peft):
         kind = site.module.split(".mixer.")[1] + (" (shared)" if site.shared else "")
-        found = kinds.setdefault(kind, [0, 0])
+        found = kinds.setdefault(kind, [0, 0, 0])
         experts = c.n_routed_experts if site.routed and not site.shared else 1
         found[0] += experts
-        found[1] += sum(shape.numel() for shape in adapter_shapes(site, shapes[site.weight], peft).values())
+        for name, shape in adapter_shapes(site, shapes[site.weight], peft).items():
+            t = torch.empty(shape, dtype=dtype, device="meta")
+            found[1] += t.numel()
+            found[2] += t.numel() * each + state_bytes(config.optimizer, shape[0], t, split_of(name, c, 1))
     total = parameters(c).total
-    trained = sum(n for _, n in kinds.values())
-    each = 2 + 4 + 3 * 4 if bf16 else 4 + 4 + 2 * 4
+    whole = [sum(column) for column in zip(*kinds.values(), strict=True)]
     lines = [f"{'adapters of rank ' + str(peft.rank):32}{'number':>9}{'parameters':>15}{'MiB in training':>17}"]
-    for kind, (number, n) in [*kinds.items(), ("all", [sum(k for k, _ in kinds.values()), trained])]:
-        lines.append(f"  {kind:30}{number:>9,}{n:>15,}{n * each / (1 << 20):>17,.1f}")
+    for kind, (number, n, size) in [*kinds.items(), ("all", whole)]:
+        lines.append(f"  {kind:30}{number:>9,}{n:>15,}{size / (1 << 20):>17,.1f}")
     router = "frozen" if peft.router_frozen else "trained in full"
-    share = f"{trained / total:.2%} of {total:,}"
+    share = f"{whole[1] / total:.2%} of {total:,}"
     held = "frozen weights are in FP8" if peft.base_dtype == "fp8" else "nothing is kept for frozen weights"
     return [*lines, f"trained: {share}; routers {router}; scale {peft.scale:g}; {held}"]
 
@@ -284,6 +293,7 @@ def dry_run(config: Config, name: str, asked: int | None, device_type: str, rank
     elsewhere = (asked is not None or started is None) and world > 1
     on_gpus = config.train.device == "cuda" or (elsewhere and config.train.device == "auto")
     planned = "cuda" if on_gpus else device_type
+    check_forms(config.optimizer, uses_bf16(config, planned))
     have = memory_here(planned, ranks_here) if planned == device_type else None
     return report(config, name, world, planned, have)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import cross_entropy, fp8, grouped_gemm, grouped_gemm_configs
+from kernels.adamw import Moment, Place, Step, adamw
 from kernels.attention import attention
 from kernels.balance import balance_sums
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
@@ -103,6 +104,23 @@ def gated(s: Sizes, dtype: torch.dtype) -> None:
     z = cuda(s.T, s.PROJECTED, dtype=dtype)[:, : s.H * s.P]
     y, weight = cuda(s.T, s.H * s.P, dtype=dtype), cuda(s.H * s.P, dtype=dtype)
     backward(gated_rms_norm(y, z, weight, s.G, 1e-5))
+
+
+@case(nano=True)
+def adamw_update(s: Sizes, dtype: torch.dtype) -> None:
+    """Experts' gradients, and an adapter's: 8 bits, bf16 and fp32 moments, with and without masters."""
+    clip, step = cuda(1, grad=False), Step(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
+    for width, block in ((s.D, 128), (32, 32)):
+        weight = cuda(s.F, width, dtype=dtype, grad=False)
+        scales = [cuda(s.F, -(-width // block), grad=False) for _ in range(2)]
+        codes = [
+            Moment(integers(s.F, width, dtype=d), x) for d, x in zip((torch.int8, torch.uint8), scales, strict=True)
+        ]
+        wide = [Moment(cuda(s.F, width, grad=False)) for _ in range(2)]
+        narrow = [Moment(cuda(s.F, width, dtype=torch.bfloat16, grad=False)) for _ in range(2)]
+        for moments in (codes, wide, narrow) if block == 128 else (codes,):
+            adamw(weight, weight, *moments, clip, step, (5, 6), Place(width), block)
+        adamw(cuda(s.F, width, grad=False), weight, *codes, clip, step, (5, 6), Place(width), block)
 
 
 @case(nano=True)

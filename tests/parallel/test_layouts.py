@@ -10,6 +10,7 @@ import convert
 from nano3.data.packing import Packed, write_packed
 from nano3.data.supervised import Reader, SupervisedOptions, Tally, collect
 from nano3.data.tokenizer import load_tokenizer
+from nano3.train.storage import read_manifest
 from tests.data.chat_cases import CASES, NEMOTRON, trained_tokenizer
 from tests.parallel.layouts import Case, Pool
 
@@ -153,6 +154,26 @@ def test_full_training_leaves_frozen_tensors_alone(pool: Pool, tmp_path: Path) -
     freeze = ("peft.freeze=[embeddings.weight,layers.1.*,'*.in_proj.weight']", "peft.freeze_router=true")
     check(pool, case(4, "tp=2 pp=2", *freeze, save=str(tmp_path)))
     check(pool, case(2, "ep=2", *freeze, load=str(tmp_path)))
+
+
+# Sizes at which most tensors have 8-bit moments, those that tp cuts by columns among them.
+EIGHT = [
+    *("optimizer.moments=8bit", "model.hidden_size=32", "model.mamba_head_dim=16", "model.head_dim=32"),
+    *("model.moe_intermediate_size=16", "model.moe_shared_expert_intermediate_size=128", "model.intermediate_size=128"),
+]
+
+
+def test_moments_in_8_bits_are_the_same_in_any_layout(pool: Pool, tmp_path: Path) -> None:
+    """Blocks and random bits belong to the whole tensor; codes and scales are read back to the bit."""
+    check(pool, case(8, "tp=2 ep=4 pp=2", *EIGHT, save=str(tmp_path / "saved")))
+    check(pool, case(4, "tp=4 ep=4", *EIGHT, load=str(tmp_path / "saved"), copy=str(tmp_path / "again")))
+    assert convert.main(["verify", str(tmp_path / "saved"), str(tmp_path / "again")]) == 0
+    manifest = read_manifest(tmp_path / "saved" / "iter_0000002", "test").tensors
+    for name in ("embeddings.weight", "layers.0.mixer.in_proj.weight.x", "layers.0.mixer.out_proj.weight"):
+        assert manifest[f"exp_avg.{name}"].dtype == torch.int8
+        assert manifest[f"exp_avg_sq.{name}"].dtype == torch.uint8
+    whole, block = manifest["model.layers.0.mixer.out_proj.weight"].shape, 16  # 128 columns, at tp=8 so many a rank
+    assert manifest["exp_avg_scale.layers.0.mixer.out_proj.weight"].shape == (whole[0], whole[1] // block)
 
 
 @pytest.mark.parametrize("kinds", ["full", "[moe]", "[mamba,attention]"])

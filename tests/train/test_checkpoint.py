@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import convert
+from kernels.adamw import Moment, decode
 from nano3.config import UserError
 from nano3.model.init import named_tensors
 from nano3.parallel.mesh import ALONE
@@ -150,6 +152,69 @@ def test_a_change_of_precision_loses_none(tmp_path: Path, saved: str, resumed: s
         assert torch.equal(second.optimizer.masters[name], master), name
         wide = first.optimizer.state()[name]["exp_avg_sq"]
         assert torch.equal(second.optimizer.state()[name]["exp_avg_sq"], wide)
+
+
+NARROW = ("train.precision=bf16", "optimizer.gradients=bf16", "optimizer.masters=none")
+
+
+@pytest.mark.parametrize("moments", ["8bit", "bf16"])
+def test_a_resume_in_fewer_bytes_is_bitwise(tmp_path: Path, moments: str) -> None:
+    """Moments and weights of 6 steps are those of 3, a stop, and 3 more: the random bits go on where they were."""
+    forms = (*NARROW, f"optimizer.moments={moments}", "model.hidden_size=64")
+    whole = trainer(f"logger.run_dir={tmp_path}/whole", *forms)
+    whole.run()
+    half = trainer(f"logger.run_dir={tmp_path}/half", "train.train_iters=6", "train.exit_duration_in_mins=0", *forms)
+    half.run()
+    assert half.progress.iteration == 2
+    more = trainer(f"checkpoint.load={tmp_path}/half/checkpoints", f"logger.run_dir={tmp_path}/more", *forms)
+    more.run()
+    assert convert.main(["verify", f"{tmp_path}/whole", f"{tmp_path}/more"]) == 0
+    keys = read_manifest(tmp_path / "more" / "checkpoints" / "iter_0000006", "test").tensors
+    assert not any(k.startswith("master.") for k in keys)
+    assert any(k.startswith("exp_avg_scale.") for k in keys) == (moments == "8bit")
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("8bit", "fp32"), ("fp32", "8bit"), ("8bit", "bf16"), ("bf16", "8bit")])
+def test_moments_of_another_form_are_converted(tmp_path: Path, saved: str, resumed: str) -> None:
+    run = ("train.precision=bf16", "train.train_iters=9")
+    first = trainer(f"logger.run_dir={tmp_path}", "train.precision=bf16", f"optimizer.moments={saved}")
+    first.run()
+    second = trainer(f"checkpoint.load={tmp_path}/checkpoints", *run, f"optimizer.moments={resumed}")
+    assert second.optimizer.steps == first.optimizer.steps == 6
+    name = "layers.0.mixer.in_proj.weight"
+    there, here = (
+        [decode(Moment(s[k], s.get(f"{k}_scale")), 32) for k in ("exp_avg", "exp_avg_sq")]
+        for s in (first.optimizer.state()[name], second.optimizer.state()[name])
+    )
+    narrow = torch.bfloat16 if "bf16" in (saved, resumed) else None
+    assert (
+        second.optimizer.state()[name]["exp_avg"].dtype
+        == {
+            "fp32": torch.float32,
+            "bf16": torch.bfloat16,
+            "8bit": torch.int8,
+        }[resumed]
+    )
+    for a, b in zip(there, here, strict=True):
+        bound = 2.0**-8 if narrow is not None and resumed == "bf16" else 0.01 if resumed == "8bit" else 0.0
+        assert (a - b).norm() <= bound * a.norm()
+        assert a.norm() > 0
+    assert torch.equal(first.optimizer.masters[name], second.optimizer.masters[name])
+    second.run()
+
+
+def test_masters_can_be_left_behind_and_made_again(tmp_path: Path) -> None:
+    first = trainer(f"logger.run_dir={tmp_path}/a", "train.precision=bf16")
+    first.run()
+    second = trainer(
+        f"checkpoint.load={tmp_path}/a/checkpoints", f"logger.run_dir={tmp_path}/b", "train.train_iters=9", *NARROW
+    )
+    for name, p in second.model.named_parameters():
+        assert torch.equal(p, first.model.get_parameter(name)), name
+    second.run()
+    third = trainer(f"checkpoint.load={tmp_path}/b/checkpoints", "train.train_iters=12", "train.precision=bf16")
+    for name, p in second.model.named_parameters():
+        assert torch.equal(third.optimizer.masters[name], p.float()), name
 
 
 def test_a_run_ends_by_itself_after_its_time(tmp_path: Path) -> None:

@@ -133,6 +133,10 @@ REAL = [
     (4, "parallel.tp=2 parallel.ep=4 train.precision=bf16 peft.scheme=lora peft.rank=8 peft.freeze_router=false"),
     (2, "parallel.ep=2 peft.scheme=lora peft.rank=8 peft.experts=shared"),
     (4, "parallel.tp=2 parallel.ep=2 train.precision=bf16 peft.scheme=lora peft.rank=8 peft.base_dtype=fp8"),
+    (6, "train.global_batch_size=6 optimizer.moments=8bit model.hidden_size=32"),
+    (4, "parallel.tp=2 train.precision=bf16 optimizer.moments=8bit model.mamba_head_dim=32 optimizer.gradients=bf16"),
+    (2, "parallel.ep=2 train.precision=bf16 optimizer.masters=none optimizer.moments=bf16 optimizer.gradients=bf16"),
+    (1, "train.precision=bf16 peft.scheme=lora peft.rank=16 optimizer.moments=8bit optimizer.masters=none"),
 ]
 
 
