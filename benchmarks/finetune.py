@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measure import environment
+from benchmarks.parallel import rows
 from nano3.cli import parser, resolve
 from nano3.config import Config
-from nano3.data.loader import Batch
 from nano3.model.init import allocate, initialise
 from nano3.parallel.mesh import Mesh, create_mesh
 from nano3.train.checkpoint import build
@@ -39,15 +39,6 @@ def config_of(args: argparse.Namespace, seq_length: int) -> Config:
     settings += ["train.micro_batch_size=1", *args.set]
     settings += [f"train.global_batch_size={args.rows * int(os.environ.get('WORLD_SIZE', 1))}"]
     return resolve(parser().parse_args(settings))[0]
-
-
-def rows(config: Config, mesh: Mesh, step: int) -> list[Batch]:
-    """This rank's rows of the step's global batch, one a micro-batch."""
-    g = torch.Generator().manual_seed(step)
-    shape = (config.train.global_batch_size, config.dataset.seq_length + 1)
-    ids = torch.randint(config.model.vocab_size, shape, generator=g)
-    share = ids.shape[0] // mesh.dp.size
-    return [Batch(r[None, :-1], r[None, 1:]) for r in ids[mesh.dp.rank * share :][:share]]
 
 
 def measure(config: Config, mesh: Mesh, args: argparse.Namespace) -> dict[str, object]:

@@ -7,6 +7,7 @@ reaches it that matters, and none comes from it.
 
 from __future__ import annotations
 
+import abc
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -35,7 +36,7 @@ class Dataset(Protocol):
     about: list[str]  # lines for the log: what was read, and what was left out
 
 
-class Windows:
+class Windows(abc.ABC):
     """A Dataset of running text, made from what is cut out of it.
 
     isolated: each document of a row is a sequence of its own.  No state passes from one to the next then, and nothing
@@ -45,9 +46,9 @@ class Windows:
     about: ClassVar[list[str]] = []
     isolated: bool = True
 
+    @abc.abstractmethod
     def window(self, split: str, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(S + 1,) ids, int64, and where among them documents begin, int64."""
-        raise NotImplementedError
 
     def row(self, split: str, index: int) -> Row:
         ids, starts = self.window(split, index)
