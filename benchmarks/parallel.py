@@ -4,15 +4,17 @@
 
 Starts one torchrun per layout.  `nano-cut` is Nano at full width and fewer layers (--pattern).  Every layout trains on
 the same random tokens, --rows of them to a data-parallel rank; one GPU alone trains on the same global batch, and
-scaling is tokens/s per GPU against it.  The last column is the largest relative difference of any step's loss from that
-of one GPU; its yardstick is the first line, one GPU with the other attention kernel: the same formula, rounded
-differently.
+scaling is tokens/s per GPU against it.  "worst loss" is the largest relative difference of any step's loss from that of
+one GPU; its yardstick is the first line, one GPU with the other attention kernel: the same formula, rounded
+differently.  On GPUs one more step is profiled: "messages" is the time in which a message was under way, "exposed" the
+part of it in which nothing else ran (a step begins with the last one's gathering done, so that part is not in it).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -93,6 +95,31 @@ def trace(step: Callable[[], object], args: argparse.Namespace, rank: int) -> No
     recorded.export_chrome_trace(str(folder / name))
 
 
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def message_ms(step: Callable[[], object], profile: bool) -> dict[str, float]:
+    """Profile one step of this rank: the time in which messages were under way, and in which only they were."""
+    if not profile:  # a rank that only takes part
+        step()
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for e in recorded.events():
+        if e.device_type == torch.autograd.DeviceType.CUDA:
+            spans["nccl" in e.name.lower()].append((e.time_range.start, e.time_range.end))
+    messages, rest = covered(spans[True]), covered(spans[False])
+    return {"messages_ms": messages / 1e3, "exposed_ms": (covered(spans[True] + spans[False]) - rest) / 1e3}
+
+
 def worker(args: argparse.Namespace) -> None:
     """One rank of one layout: trains, times, and leaves a record."""
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
@@ -131,6 +158,9 @@ def worker(args: argparse.Namespace) -> None:
         "losses": losses,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+    if cuda and world > 1:
+        record |= message_ms(lambda: training_step(model, optimizer, data[-1], config, mesh, 1e-4, False), rank == 0)
+        wait(optimizer)
     if args.trace:
         trace(lambda: training_step(model, optimizer, data[-1], config, mesh, 1e-4, False), args, rank)
     if rank == 0:
@@ -183,7 +213,7 @@ def main() -> None:
         worker(args)
     records = []
     head = f"{'layout':12} {'ranks':>5} {'batch':>5} {'tokens/s':>10} {'per GPU':>9} {'scaling':>8} {'GiB':>6}"
-    print(f"{'model':9} {head}  worst loss, MiB handed to collectives per step", flush=True)
+    print(f"{'model':9} {head}  worst loss, ms of messages (exposed), MiB handed to collectives per step", flush=True)
     kernel = "triton" if args.device == "cuda" else "torch"  # auto is PyTorch's for unpacked rows on a GPU
     for model in args.model:
         alone: dict[int, dict | None] = {}
@@ -206,11 +236,12 @@ def main() -> None:
             found["scaling"] = found["per_gpu"] / base["per_gpu"]
             found["worst_loss"] = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], base["losses"], strict=True))
             records.append(found)
+            ms = f"{found['messages_ms']:.1f} ({found['exposed_ms']:.1f})" if "messages_ms" in found else "-"
             sent = " ".join(f"{k} {v:,.1f}" for k, v in found["sent_mib"].items())
             print(
                 f"{model:9} {found['layout']:12} {ranks:5} {batch:5} {found['tokens_per_second']:10,.0f} "
                 f"{found['per_gpu']:9,.0f} {found['scaling']:8.1%} {found['memory_gib']:6.1f}  "
-                f"{found['worst_loss']:.1e}  {sent}",
+                f"{found['worst_loss']:.1e}  {ms}  {sent}",
                 flush=True,
             )
         records += [r for r in alone.values() if r]
