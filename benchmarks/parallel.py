@@ -13,9 +13,11 @@ part of it in which nothing else ran (a step begins with the last one's gatherin
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -125,6 +127,7 @@ def worker(args: argparse.Namespace) -> None:
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     sent: dict[str, int] = {}
     count_bytes(sent)
+    faulthandler.dump_traceback_later(args.patience, exit=True)  # two ranks that wait for each other say where
     config = config_of(args, args.worker)
     mesh = create_mesh(config, world, rank, local)
     cuda = mesh.device.type == "cuda"
@@ -136,16 +139,17 @@ def worker(args: argparse.Namespace) -> None:
     optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
     optimizer.communication_sms = config.parallel.communication_sms
     data = [rows(config, mesh, step) for step in range(args.steps)]
-    losses, begin = [], 0.0
-    for step, batches in enumerate(data):
-        if step == WARM_UP:
-            wait(optimizer)
-            begin = time.perf_counter()
+    losses, ends = [], []
+    for batches in data:
         before = dict(sent)
         # No wait between steps: the gathering of the parameters runs on into the next forward pass, as in training.
         losses.append(training_step(model, optimizer, batches, config, mesh, 1e-4, False).loss)
+        ends.append(time.perf_counter())
     wait(optimizer)
-    step_s = (time.perf_counter() - begin) / (args.steps - WARM_UP)
+    ends.append(time.perf_counter())
+    times = [b - a for a, b in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
+    times[-2:] = [times[-2] + times[-1]]  # what was still under way belongs to the last step
+    step_s = statistics.median(times)
     record = {
         "model": args.model,
         "layout": args.worker or "alone",
@@ -153,6 +157,7 @@ def worker(args: argparse.Namespace) -> None:
         "tokens_per_second": config.tokens_per_step / step_s,
         "per_gpu": config.tokens_per_step / step_s / world,
         "step_ms": step_s * 1e3,
+        "steps_ms": [1e3 * t for t in times],
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "sent_mib": {k: (v - before.get(k, 0)) / 2**20 for k, v in sent.items() if v > before.get(k, 0)},
         "losses": losses,
@@ -177,7 +182,7 @@ def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch:
         record = Path(folder) / "record.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "benchmarks.parallel", "--worker", layout, "--model", model, "--record", str(record)]
-        for name in ("pattern", "seq_length", "steps", "device"):
+        for name in ("pattern", "seq_length", "steps", "device", "patience"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         command += ["--set", *args.set, *extra]
         if args.trace:
@@ -185,7 +190,7 @@ def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False, env=env)
         if not record.exists():
-            print(f"{model} {layout or 'alone'}: failed\n{done.stderr[-3000:]}", flush=True)
+            print(f"{model} {layout or 'alone'}: failed\n{done.stderr[-8000:]}", flush=True)
             return None
         return json.loads(record.read_text())
 
@@ -200,6 +205,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=1, help="sequences a data-parallel rank trains on per step")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--device", default="cuda")
+    p.add_argument("--patience", type=int, default=120, help="seconds that a layout may take")
     p.add_argument("--no-yardstick", dest="yardstick", action="store_false", help="leave out the other kernel")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, as of train.py")
     p.add_argument("--trace", default="", metavar="FOLDER", help="write a Chrome trace of each run's last step there")
