@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.gradient_sink import Buffer, linear
 from nano3.config import Config
 from nano3.model.init import allocate, initialise
+from nano3.model.lora import adapted
 from nano3.model.model import Nano3
 from nano3.parallel.data import make_buckets
 from nano3.parallel.layout import check_layout
@@ -29,7 +30,11 @@ class Collected(Gradients):
 
     def __init__(self, model: Nano3, **options: bool) -> None:
         super().__init__(model, **options)
-        self.model = model
+        self.model, self.from_autograd = model, set()
+
+    def _accumulate(self, name: str, gradient: Tensor) -> None:
+        self.from_autograd.add(name)
+        super()._accumulate(name, gradient)
 
     def step(self, lr: float) -> float:
         self.found = {n: g.clone() for n, g in self.reduced_gradients().items()}
@@ -87,12 +92,14 @@ def test_sums_are_those_of_autograd(monkeypatch: pytest.MonkeyPatch, settings: l
     monkeypatch.setattr(make_buckets, "__defaults__", (size,))
     config = config_for((*SETTINGS, *settings))
     ours, theirs = (model_of(config, torch.float64) for _ in range(2))
-    truth = two_steps(theirs, Autograd(theirs), config)
-    for found, true in zip(two_steps(ours, Collected(ours), config), truth, strict=True):
+    truth, gradients = two_steps(theirs, Autograd(theirs), config), Collected(ours)
+    for found, true in zip(two_steps(ours, gradients, config), truth, strict=True):
         assert found.keys() == true.keys()
         for name, g in true.items():
             assert torch.allclose(found[name], g, rtol=1e-9, atol=1e-12), name
     assert all(p.grad is None for p in ours.parameters())
+    large = {n for n in gradients.from_autograd if ours.get_parameter(n).ndim > 1 and adapted(n) is None}
+    assert all(n.endswith((".gate.weight", ".conv1d.weight")) for n in large), large
 
 
 @pytest.mark.parametrize("size", [1 << 24, 300])
