@@ -1,4 +1,5 @@
-"""Head and cross entropy at Nano's shapes (V = 131072, D = 2688, bf16), forward and backward together.
+"""Head and cross entropy at Nano's shapes (V = 131072, D = 2688, bf16), forward and backward together; and the gradient
+of the embedding, added to fp32 sums.
 
 python -m benchmarks.kernels_head            table at T = 8192 and 32768, peak memory, one JSON line last
 python -m benchmarks.kernels_head --check    errors against float64 over odd shapes, one line a case
@@ -25,6 +26,7 @@ from kernels.cross_entropy import (
     vocabulary_gradient,
     vocabulary_statistics,
 )
+from kernels.embedding import embedding_gradient_
 
 V, D = 131072, 2688
 
@@ -156,6 +158,31 @@ def cases(T: int) -> Iterator[Case]:
     print(f"{label}: ours holds {peak_gib(ours):.2f} GiB, chunked PyTorch {peak_gib(next(iter(peers.values()))):.2f}")
     aim = "<= 25.5 ms, 1.2 GiB" if T == 8192 else ""
     yield Case("head + cross entropy, both", label, ours, peers, traffic, flops, check=judge, aim=aim)
+    del args, ours, peers, judge
+    for padding in (False, True):
+        yield embedding_case(T, padding)
+
+
+def embedding_case(T: int, padding: bool, device: str = "cuda", V: int = V, D: int = D) -> Case:
+    """padding: all ids are the same; otherwise a few are frequent, as in text."""
+    ids = torch.rand(T, device=device).pow(4).mul(V).long() if not padding else torch.full((T,), 11, device=device)
+    dy, sums = torch.randn(T, D, device=device).bfloat16(), torch.zeros(V, D, device=device)
+    rows = ids.unique()
+
+    def dense() -> None:
+        sums.add_(torch.ops.aten.embedding_dense_backward(dy, ids, V, -1, False))
+
+    def judge() -> None:
+        found = torch.zeros_like(sums)
+        embedding_gradient_(found, ids, dy)
+        true = torch.zeros(V, D, dtype=torch.float64, device=device).index_add_(0, ids, dy.double())
+        error = ((found - true).norm() / true.norm()).item()
+        assert error < 1e-6, f"relative error {error:.1e}"
+
+    label = f"T={T} V={V} D={D}, {'one id' if padding else f'{len(rows)} ids'}"
+    peers = {"dense gradient, added": dense}
+    traffic = dy.nbytes + 2 * 4 * len(rows) * D
+    return Case("embedding, gradient", label, partial(embedding_gradient_, sums, ids, dy), peers, traffic, check=judge)
 
 
 def sweep(T: int = 8192) -> None:

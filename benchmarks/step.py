@@ -81,7 +81,7 @@ class Cut:
         return lambda: training_step(self.model, self.gradients, self.batches[:n], self.config, self.mesh, 0.0, False)
 
     def kept(self) -> int:
-        """Bytes that the forward pass keeps for the backward pass."""
+        """Bytes that the forward pass keeps for the backward pass; the head's sums, which begin there, not counted."""
         batch = self.batches[0].to(self.mesh.device)
         self.model.train()
         before = torch.cuda.memory_allocated()
@@ -89,8 +89,10 @@ class Cut:
         labels = batch.labels.flatten()
         loss = head_loss(self.model, out.hidden, labels, torch.ones(labels.shape, device=labels.device), self.config)
         after = torch.cuda.memory_allocated()
+        sums = sum(b.total.nbytes for b in self.gradients.buckets if b.total is not None)
         del out, loss
-        return after - before
+        self.gradients.reduced_gradients()  # nothing of this pass is to be left for the next step
+        return after - before - sums
 
 
 def wait() -> None:

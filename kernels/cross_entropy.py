@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels._common import accumulate_dtype, triton, use_triton
+from kernels.gradient_sink import Buffer, GradientSink, add_product_
 
 if triton is not None:
     from kernels.cross_entropy_product import multipliable, multiply_
@@ -93,18 +94,12 @@ def _own(name: str, *operands: Tensor) -> bool:
     return able and torch.cuda.get_device_capability(operands[0].device) in ((9, 0), (10, 0))
 
 
-def _add_product_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += a^T b, or total = a^T b if it is the first; the sum is formed in total's dtype."""
-    if total.dtype == a.dtype and _own("dw", total, a, b):
-        multiply_(total, a, b, a_t=True, add=not first)
-    elif total.dtype == a.dtype:
-        torch.mm(a.T, b, out=total) if first else torch.addmm(total, a.T, b, out=total)
-    elif total.is_cuda and total.dtype == torch.float32:  # narrow operands, fp32 result: cuBLAS adds in its epilogue
-        kind = {"out_dtype": torch.float32, "out": total}
-        torch.mm(a.T, b, **kind) if first else torch.addmm(total, a.T, b, **kind)
+def _add_product_(sums: Tensor, a: Tensor, b: Tensor, holds: bool) -> None:
+    """sums += a^T b, or sums = a^T b if they hold nothing."""
+    if sums.dtype == a.dtype and _own("dw", sums, a, b):
+        multiply_(sums, a, b, a_t=True, add=holds)
     else:
-        product = (a.T @ b).to(total.dtype)
-        total.copy_(product) if first else total.add_(product)
+        add_product_(sums, a, b, holds)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -116,7 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         token_weight: Tensor,
         chunk: int,
-        weight_grad: Tensor | None,
+        sink: GradientSink | None,
         vocab_offset: int,
         gather: Callable[[Tensor], Tensor] | None,
         backend: str,
@@ -128,8 +123,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         whole = kernels and (need_x or need_w) and gather is None and vocab_offset == 0
         losses = torch.empty(T, dtype=acc, device=x.device)
         dx = torch.empty_like(x) if need_x else None
-        dw = weight_grad
-        if need_w and weight_grad is None:
+        dw, holds = None, False
+        if need_w and sink is not None:
+            dw, holds = sink.open()
+        elif need_w:
             narrow = kernels and not FP32_WEIGHT_GRADIENT
             dw = torch.empty(weight.shape, dtype=weight.dtype if narrow else acc, device=x.device)
         chunks = max(1, -(-T // chunk))
@@ -156,10 +153,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif need_x:
                 torch.mm(logits, weight, out=dx[rows])
             if need_w:
-                _add_product_(dw, logits, x[rows], first=start == 0 and weight_grad is None)
+                _add_product_(dw, logits, x[rows], holds)
+                holds = True
         # Plain attributes: autograd takes a gradient over without a copy only if nothing else holds it, which
         # save_for_backward would.
-        ctx.dx, ctx.dw = dx, None if weight_grad is not None else dw
+        ctx.dx, ctx.dw = dx, dw if sink is None else None
+        ctx.sink = sink if need_w else None
         ctx.weight_dtype, ctx.kernels, ctx.used = weight.dtype, kernels, False
         total = (losses * token_weight.where(labels != IGNORE, 0)).sum()
         ctx.mark_non_differentiable(losses)
@@ -168,6 +167,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.dx, ctx.dw
+        if ctx.sink is not None:
+            ctx.sink.close()
         if not ctx.kernels:
             dx = None if dx is None else (dx * dtotal).to(dx.dtype)
             dw = None if dw is None else (dw * dtotal).to(ctx.weight_dtype)
@@ -186,7 +187,7 @@ def linear_cross_entropy(
     labels: Tensor,
     token_weight: Tensor,
     chunk: int = CHUNK,
-    weight_grad: Tensor | None = None,
+    weight_grad: Tensor | GradientSink | None = None,
     vocab_offset: int = 0,
     gather: Callable[[Tensor], Tensor] | None = None,
     backend: str = "auto",
@@ -196,9 +197,10 @@ def linear_cross_entropy(
     Returns (sum over t of token_weight_t * loss_t, differentiable in x and weight; losses (T,), not differentiable), in
     fp32 or float64.  Holds the logits of at most `chunk` tokens and one gradient of `weight`.  The backward pass of
     the kernels may run once: the gradients were computed on the way forward and are handed out without a copy.
-    weight_grad: (V, D), fp32 or the weight's dtype.  If given, the gradient of `weight` is added into it during this
-    call and autograd returns none, so the result must be differentiated with an upstream gradient of 1: put factors
-    into token_weight.
+    weight_grad: (V, D), fp32 or the weight's dtype, or what gives such a buffer (`gradient_sink.py`).  If given, the
+    gradient of `weight` is added into it during this call and autograd returns none, so the result must be
+    differentiated, and with an upstream gradient of 1: put factors into token_weight.  A sink is closed in the backward
+    pass, which is when those who wait for gradients may count on it.
     A vocabulary split over ranks: weight holds rows vocab_offset .. vocab_offset + V, and gather turns the statistics
     (3, n) of this rank into those of all, (R, 3, n), the same on every rank (`vocabulary_statistics`).  Loss and
     losses are then the whole vocabulary's on every rank; the gradient of x is its part, for the caller to add up.
@@ -212,12 +214,13 @@ def linear_cross_entropy(
         )
     if chunk < 1:
         raise ValueError(f"linear_cross_entropy: chunk={chunk} tokens at a time; it must be at least 1")
-    if weight_grad is not None and weight_grad.shape != weight.shape:
+    if isinstance(weight_grad, Tensor) and weight_grad.shape != weight.shape:
         raise ValueError(
             f"linear_cross_entropy: weight_grad {tuple(weight_grad.shape)} is not like weight {tuple(weight.shape)}"
         )
     if not torch.is_grad_enabled():  # a Function is told of requires_grad even then, and would compute for nothing
         x, weight = x.detach(), weight.detach()
+    sink = Buffer(weight_grad) if isinstance(weight_grad, Tensor) else weight_grad
     return _LinearCrossEntropy.apply(
-        x, weight, labels.contiguous(), token_weight.contiguous(), chunk, weight_grad, vocab_offset, gather, backend
+        x, weight, labels.contiguous(), token_weight.contiguous(), chunk, sink, vocab_offset, gather, backend
     )

@@ -36,6 +36,7 @@ class KernelsConfig:
     experts: str = "auto"
     attention: str = "auto"
     cross_entropy: str = "auto"
+    embedding: str = "auto"
 
 
 @dataclass(kw_only=True)

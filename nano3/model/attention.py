@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from nano3.config import ModelConfig
 from nano3.model.cache import AttentionState, Rows
+from nano3.model.linear import Linear
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.parallel.tensor import enter, leave
 
@@ -23,10 +24,10 @@ class Attention(nn.Module):
         self.tp, self.head_dim, self.backend = mesh.tp, c.head_dim, c.kernels.attention
         q = c.num_attention_heads // self.tp.size * c.head_dim
         kv = max(1, c.num_key_value_heads // self.tp.size) * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, kv, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, kv, bias=False)
-        self.o_proj = nn.Linear(q, c.hidden_size, bias=False)
+        self.q_proj = Linear(c.hidden_size, q)
+        self.k_proj = Linear(c.hidden_size, kv)
+        self.v_proj = Linear(c.hidden_size, kv)
+        self.o_proj = Linear(q, c.hidden_size)
 
     def forward(
         self, u: Tensor, rows: Rows, cache: AttentionState | None, whole: bool

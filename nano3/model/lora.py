@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kernels import fp8
 from kernels.adapted_experts import adapted_experts
 from nano3.config import ModelConfig, PeftConfig, UserError
+from nano3.model.linear import Linear
 from nano3.model.moe import Experts
 
 ADAPTABLE = {  # by the letter of a block: what can be adapted in its mixer
@@ -236,7 +237,7 @@ def _replace_bare(model: nn.Module, peft: PeftConfig) -> None:
     """Let the modules without an adapter, too, read their weights in FP8."""
     for owner, module in list(model.named_modules()):
         parent, _, leaf = owner.rpartition(".")
-        if type(module) is nn.Linear and in_fp8(f"{owner}.weight", peft):
+        if type(module) is Linear and in_fp8(f"{owner}.weight", peft):
             setattr(model.get_submodule(parent), leaf, CodedLinear(module))
         elif type(module) is Experts:
             setattr(model.get_submodule(parent), leaf, AdaptedExperts(module, {}, False, peft.scale))

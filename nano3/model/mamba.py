@@ -10,6 +10,7 @@ from kernels.gated_norm import gated_rms_norm
 from kernels.ssd import ssd, ssd_step
 from nano3.config import ModelConfig
 from nano3.model.cache import MambaState, Rows
+from nano3.model.linear import Linear
 from nano3.model.norm import RMSNorm
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.parallel.tensor import enter, leave
@@ -37,13 +38,13 @@ class Mamba(nn.Module):
         self.chunk, self.eps = c.chunk_size, c.layer_norm_epsilon
         self.dt_limit = (c.time_step_limit[0], c.time_step_limit[1])
         self.kernels = c.kernels
-        self.in_proj = nn.Linear(c.hidden_size, self.d_inner + self.conv_dim + self.H, bias=False)  # z | x | B | C | dt
+        self.in_proj = Linear(c.hidden_size, self.d_inner + self.conv_dim + self.H)  # z | x | B | C | dt
         self.conv1d = Conv(self.conv_dim, c.conv_kernel, c.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(self.H))
         self.D = nn.Parameter(torch.empty(self.H))
         self.dt_bias = nn.Parameter(torch.empty(self.H))
         self.norm = RMSNorm(self.d_inner, self.eps)
-        self.out_proj = nn.Linear(self.d_inner, c.hidden_size, bias=False)
+        self.out_proj = Linear(self.d_inner, c.hidden_size)
 
     def forward(
         self, u: Tensor, rows: Rows, cache: MambaState | None, whole: bool

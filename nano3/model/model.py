@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from nano3.config import KINDS, ModelConfig, PeftConfig
 from nano3.model.attention import Attention
 from nano3.model.cache import LayerState, Rows, rows_of
+from nano3.model.linear import Embedding, Linear
 from nano3.model.mamba import Mamba
 from nano3.model.moe import MLP, Balance, MoE
 from nano3.model.norm import RMSNorm
@@ -79,12 +80,12 @@ class Nano3(nn.Module):
         self.has_start, self.has_end = self.parts[0][0] == 0, self.parts[-1][1] == L
         local_vocab = c.vocab_size // mesh.tp.size
         if self.has_start:
-            self.embeddings = nn.Embedding(local_vocab, c.hidden_size)
+            self.embeddings = Embedding(local_vocab, c.hidden_size, c.kernels.embedding)
         mine = [i for start, stop in self.parts for i in range(start, stop)]
         self.layers = nn.ModuleDict({str(i): Block(c, c.hybrid_override_pattern[i], mesh) for i in mine})
         if self.has_end:
             self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
-            self.lm_head = nn.Linear(c.hidden_size, local_vocab, bias=False)
+            self.lm_head = Linear(c.hidden_size, local_vocab)
 
     def forward(
         self,

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.balance import balance_sums, balance_terms
+from kernels.gradient_sink import sink_of
 from kernels.grouped_gemm import experts
 from kernels.relu2 import relu2
 from kernels.routing import Routes, expert_counts, route
 from nano3.config import ModelConfig
 from nano3.model.cache import Rows
+from nano3.model.linear import Linear
 from nano3.parallel.collectives import all_sum, arrive
 from nano3.parallel.expert import Trip
 from nano3.parallel.mesh import ALONE, Axis, Mesh
@@ -37,8 +39,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, mesh: Mesh = ALONE, backend: str = "auto") -> None:
         super().__init__()
         self.tp, self.backend = mesh.tp, backend
-        self.up_proj = nn.Linear(width, hidden // self.tp.size, bias=False)
-        self.down_proj = nn.Linear(hidden // self.tp.size, width, bias=False)
+        self.up_proj = Linear(width, hidden // self.tp.size)
+        self.down_proj = Linear(hidden // self.tp.size, width)
 
     def hidden(self, u: Tensor) -> Tensor:
         return relu2(self.up_proj(u), self.backend)
@@ -77,7 +79,7 @@ class Experts(nn.Module):
         In training the weights have a sink, which takes their gradients past autograd (`Gradients`).
         """
         weights = self.up_proj, self.down_proj
-        sinks = dict(zip(("up_grad", "down_grad"), (getattr(w, "sink", None) for w in weights), strict=True))
+        sinks = dict(zip(("up_grad", "down_grad"), map(sink_of, weights), strict=True))
         return experts(x_TD, weights_TK, experts_TK, counts_E, *weights, self.backend, rows=rows, **sinks)
 
 

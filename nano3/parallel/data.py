@@ -7,6 +7,8 @@ bucket, while the next forward pass begins: a block waits for its own tensors on
 
     bucket (ranks, width):   row r is what rank r will own:  | rows of tensor a | rows of tensor b | ... |
 
+A product may put a gradient where it is summed (`Bucket.open`) instead of handing it to autograd.
+
 The loss of a step is already divided by the global number of tokens, so a sum is all that is left to do.
 """
 
@@ -56,11 +58,25 @@ class Member:
         if rest := flat.numel() - full * self.width:
             yield flat[full * self.width :], columns[full, :rest]
 
+    def padding(self, bucket: Tensor) -> Iterator[Tensor]:
+        """Views of what lies in the tensor's columns of a bucket beside the tensor; none if the rows divide evenly."""
+        columns = bucket.narrow(1, self.start, self.width)
+        full, rest = divmod(self.parameter.numel(), self.width) if self.width else (len(bucket), 0)
+        if rest:
+            yield columns[full, rest:]
+            full += 1
+        if full < len(bucket):
+            yield columns[full:]
+
 
 class Bucket:
     """Tensors of one dtype that are reduced and gathered in one message over one axis.
 
     dtype: of the sums; wire: of the messages.
+
+    The sums of a step are not zero at first: the first gradient of each tensor overwrites them, and what none came for
+    is made zero at the end.  A tensor's rows lie one after the other, as in the tensor itself, if it is the bucket's
+    only one or if there is one rank: then whoever computes its gradient may do so in place.
     """
 
     def __init__(self, axis: Axis, dtype: torch.dtype, wire: torch.dtype) -> None:
@@ -68,6 +84,8 @@ class Bucket:
         self.members: list[Member] = []
         self.width = 0
         self.total: Tensor | None = None  # (ranks, width), the gradients of this step so far
+        self.held: set[str] = set()  # tensors whose part of it means something
+        self.aside: dict[str, Tensor] = {}  # gradients of `open` that will be added when they are complete
         self.row: Tensor | None = None  # (width,), the sum over the ranks of what this rank owns
         self.arrived: set[str] = set()  # tensors whose last gradient of the step has come
         self.work: dist.Work | None = None
@@ -79,29 +97,58 @@ class Bucket:
         self.members.append(Member(name, parameter, rows, self.width, width))
         self.width += width
 
-    def _new(self, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(self.axis.size, self.width, dtype=dtype, device=self.members[0].parameter.device)
+    def _empty(self) -> Tensor:
+        """Sums that mean nothing yet; only padding is zero."""
+        out = torch.empty(self.axis.size, self.width, dtype=self.dtype, device=self.members[0].parameter.device)
+        for m in self.members:
+            for padding in m.padding(out):
+                padding.zero_()
+        return out
+
+    def _take(self, member: Member) -> tuple[Tensor, bool]:
+        """The sums of the step, and whether the tensor's part of them holds anything; from now on it does."""
+        if self.total is None:
+            self.total = self._empty()
+        holds = member.name in self.held
+        self.held.add(member.name)
+        return self.total, holds
 
     def open(self, member: Member) -> tuple[Tensor, bool]:
-        """The sums of the bucket's only tensor, shaped like it, and whether they hold anything yet."""
-        holds, p = self.total is not None, member.parameter
+        """A contiguous buffer shaped like the tensor, and whether to add a gradient to it or to overwrite it.
+
+        The caller does so at once, and calls `close` then or later.  It is the tensor's part of the sums where that is
+        contiguous; otherwise a buffer of its own, which `close` adds to them.
+        """
+        p = member.parameter
+        if len(self.members) == 1 or self.axis.size == 1:
+            total, holds = self._take(member)
+            return total.view(-1).narrow(0, member.start, p.numel()).view_as(p), holds
+        holds = member.name in self.aside
         if not holds:
-            make = torch.empty if p.numel() == self.axis.size * self.width else torch.zeros  # padding has to be zero
-            self.total = make(self.axis.size, self.width, dtype=self.dtype, device=p.device)
-        return self.total.view(-1)[: p.numel()].view_as(p), holds
+            self.aside[member.name] = torch.empty(p.shape, dtype=self.dtype, device=p.device)
+        return self.aside[member.name], holds
+
+    def close(self, member: Member) -> None:
+        """Every gradient that `open` was called for is in its buffer."""
+        if (gradient := self.aside.pop(member.name, None)) is not None:
+            self.accumulate(member, gradient)
 
     @torch.no_grad()
     def accumulate(self, member: Member, gradient: Tensor) -> None:
-        if self.total is None:
-            self.total = self._new(self.dtype)
-        for mine, sums in member.pairs(gradient.contiguous(), self.total):
-            sums.add_(mine)
+        total, holds = self._take(member)
+        for mine, sums in member.pairs(gradient.contiguous(), total):
+            sums.add_(mine) if holds else sums.copy_(mine)
 
     def reduce(self) -> None:
         """Start the sum over the ranks; `finish_reduce` ends it."""
-        total = self._new(self.dtype) if self.total is None else self.total
+        total = self._empty() if self.total is None else self.total
+        for m in self.members:
+            if m.name not in self.held:
+                total.narrow(1, m.start, m.width).zero_()
         self.row, self.work = reduce_scatter(total.to(self.wire), self.axis.group, async_op=True)
         self.total = None
+        self.held.clear()
+        self.aside.clear()
 
     def finish_reduce(self) -> dict[str, Tensor]:
         """This rank's rows of the summed gradients, by name."""
@@ -123,11 +170,12 @@ class Bucket:
         """Start to bring every rank's rows of the parameters to all; `finish_gather` ends it."""
         if self.axis.group is None:
             return
+        p = self.members[0].parameter
         if self.in_place:
-            self.gathered = self.members[0].parameter.view(self.axis.size, self.width)
+            self.gathered = p.view(self.axis.size, self.width)
             row = self.gathered[self.axis.rank]
         else:
-            row = self._new(self.members[0].parameter.dtype)[self.axis.rank]
+            row = torch.zeros(self.width, dtype=p.dtype, device=p.device)
             for m in self.members:
                 m.shard(row, self.axis.rank).copy_(m.parameter[m.owned(self.axis.rank)])
         self.gathered, self.work = all_gather(row, self.axis.group, async_op=True, out=self.gathered)
@@ -143,9 +191,13 @@ class Bucket:
         self.gathered = self.work = None
 
 
-def is_direct(name: str) -> bool:
-    """Whether a weight's gradient is added to its bucket by the product that computes it: those of routed experts."""
-    return name.endswith((".experts.up_proj", ".experts.down_proj"))
+def _alone(name: str, parameter: Tensor, size: int) -> bool:
+    """Whether a tensor has a bucket of its own: routed experts' weights have, and other tensors of some size.
+
+    So the gradients that are costly to move can be added up in place.  The others, of which there are many, share a few
+    messages.
+    """
+    return name.endswith((".experts.up_proj", ".experts.down_proj")) or 4 * parameter.numel() >= size
 
 
 def make_buckets(
@@ -156,25 +208,27 @@ def make_buckets(
     *,
     sum_bf16: bool = False,
 ) -> list[Bucket]:
-    """Buckets of about `size` elements in the order in which a backward pass completes them: the last layers first.
+    """Buckets in the order in which a backward pass completes them: the last layers first.
 
-    A tensor of that size has a bucket of its own, whose rows are then the tensor's; so has one that is added to it
-    directly.  wire: dtype of the messages for gradients of parameters of that dtype.  Everything else travels in fp32,
-    and is summed over micro-batches in fp32; or, sum_bf16, gradients of bf16 parameters in bf16.
+    A tensor of a quarter of `size` elements or more has a bucket of its own, whose rows are then the tensor's; and so
+    have the weights of routed experts.  Smaller ones share, whatever lies between them, until their bucket has `size`
+    elements; it comes where the last of them comes.  wire: dtype of the messages for gradients of parameters of that
+    dtype.  Everything else travels in fp32, and is summed over micro-batches in fp32; or, sum_bf16, gradients of bf16
+    parameters in bf16.
     """
-    out: list[Bucket] = []
-    open_buckets: dict[object, Bucket] = {}
-    for name, p in reversed(parameters.items()):
-        axis = axis_of(name)
+    complete: dict[Bucket, int] = {}  # the place of the last tensor in the backward pass
+    shared: dict[object, Bucket] = {}
+    for place, (name, p) in enumerate(reversed(parameters.items())):
+        axis, alone = axis_of(name), _alone(name, p, size)
         key = (axis.ranks, p.dtype)
-        bucket = None if is_direct(name) else open_buckets.get(key)
+        bucket = None if alone else shared.get(key)
         if bucket is None or bucket.width * axis.size + p.numel() > size:
             wide = torch.promote_types(p.dtype, torch.float32)
             sent = wire if wire is not None and p.dtype == wire else wide
             sums = p.dtype if sum_bf16 and p.dtype == torch.bfloat16 else wide
             bucket = Bucket(axis, sums, sums if sum_bf16 and axis.size == 1 else sent)  # no copy where none travels
-            out.append(bucket)
-            if not is_direct(name):
-                open_buckets[key] = bucket
+            if not alone:
+                shared[key] = bucket
         bucket.add(name, p)
-    return out
+        complete[bucket] = place
+    return sorted(complete, key=complete.get)

@@ -1,11 +1,14 @@
 """The gradients of a step: added up over micro-batches and over the ranks that hold the same tensor.
 
-Gradients of bf16 parameters are added up in fp32, or in bf16 if asked to.  Each micro-batch's is added as soon as
-autograd has it, and freed; the experts' never pass through autograd, but are added, or for a step's first micro-batch
-stored, by the products that compute them.
+Gradients of bf16 parameters are added up in fp32, or in bf16 if asked to.  Those of matrices never pass through
+autograd: the products that compute them add them to the sums, or for a step's first micro-batch store them there, so
+nothing rounds them before.  All others are added as soon as autograd has them, and freed.
 """
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +16,12 @@ from torch import Tensor, nn
 from kernels._common import leave_free
 from nano3.model.layout import split_of
 from nano3.parallel.collectives import all_sum
-from nano3.parallel.data import Bucket, Member, is_direct, make_buckets
+from nano3.parallel.data import Bucket, Member, make_buckets
 from nano3.parallel.mesh import Axis
 
 
 class _Sink:
-    """Where the products of the experts leave a weight's gradient (`kernels/gradient_sink.py`)."""
+    """Where a product leaves a weight's gradient (`kernels/gradient_sink.py`): every trained parameter has one."""
 
     def __init__(self, gradients: Gradients, bucket: Bucket, member: Member) -> None:
         self.gradients, self.bucket, self.member = gradients, bucket, member
@@ -27,6 +30,7 @@ class _Sink:
         return self.bucket.open(self.member)
 
     def close(self) -> None:
+        self.bucket.close(self.member)
         self.gradients._arrived(self.bucket, self.member)
 
 
@@ -50,9 +54,8 @@ class Gradients:
         self.members = {m.name: (b, m) for b in self.buckets for m in b.members}
         self.last_micro_batch = False  # set by the loop: gradients that come now are the last of the step
         for name, p in self.parameters.items():
-            p.register_post_accumulate_grad_hook(self._accumulate(*self.members[name]))
-            if is_direct(name):
-                p.sink = _Sink(self, *self.members[name])
+            p.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
+            p.sink = _Sink(self, *self.members[name])
         self._wait_before_use(model)
 
     def axis(self, name: str) -> Axis:
@@ -60,15 +63,10 @@ class Gradients:
         split = self.splits.get(name)  # buffers have none
         return self.mesh.edp if split is not None and split.axis == "ep" else self.mesh.data
 
-    def _accumulate(self, bucket: Bucket, member: Member):
-        def hook(p: Tensor) -> None:
-            if p.grad is None:  # it went into the sink
-                return
-            bucket.accumulate(member, p.grad)
-            p.grad = None
-            self._arrived(bucket, member)
-
-        return hook
+    def _accumulate(self, name: str, gradient: Tensor) -> None:
+        bucket, member = self.members[name]
+        bucket.accumulate(member, gradient)
+        self._arrived(bucket, member)
 
     def _arrived(self, bucket: Bucket, member: Member) -> None:
         if self.last_micro_batch:
@@ -141,6 +139,22 @@ class Gradients:
         """This rank's rows of a tensor like the parameter of that name."""
         bucket, member = self.members[name]
         return tensor[member.owned(bucket.axis.rank)]
+
+
+def _hook(owner: weakref.ref[Gradients], name: str) -> Callable[[Tensor], None]:
+    """What autograd does with a gradient that it has.
+
+    Autograd keeps its hooks where Python's garbage collector does not look.  One that held the sums, which hold the
+    parameter, would keep all of them for good.
+    """
+
+    def hook(p: Tensor) -> None:
+        gradients = owner()
+        if gradients is not None and p.grad is not None:  # None: it went into the sink
+            gradients._accumulate(name, p.grad)
+            p.grad = None
+
+    return hook
 
 
 def _sum_together(tensors: list[Tensor], axis: Axis) -> None:

@@ -171,10 +171,9 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
     if "lm_head.weight" in share.tensors:
         rows = -(-tokens // -(-tokens // config.train.loss_chunk_tokens))  # chunks of one size
         logits = rows * c.vocab_size / layout.tp
-        weight = c.vocab_size * c.hidden_size / layout.tp if trains("lm_head.weight", config.peft) else 0
         hidden = tokens * c.hidden_size
-        # logits, the gradients of weight and tokens, the gathered tokens; PyTorch's softmax takes two copies more
-        head = e * (logits + weight + 2 * hidden) if gpu else 4 * (3 * logits + weight + 2 * hidden)
+        # logits, the gathered tokens and their gradients; PyTorch's softmax takes two copies more
+        head = e * (logits + 2 * hidden) if gpu else 4 * (3 * logits + 2 * hidden)
     return most + max(again, head)
 
 

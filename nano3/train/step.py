@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import IGNORE, linear_cross_entropy
+from kernels.gradient_sink import sink_of
 from nano3.config import Config
 from nano3.data.loader import Batch
 from nano3.model.model import Nano3
@@ -125,6 +126,7 @@ def head_loss(model: Nano3, hidden: Tensor, labels: Tensor, weight: Tensor, conf
         labels,
         weight,
         config.train.loss_chunk_tokens,
+        weight_grad=sink_of(model.lm_head.weight),
         vocab_offset=model.vocab_offset,
         gather=None if group is None else lambda statistics: all_stack(statistics, group),
         backend=config.model.kernels.cross_entropy,

@@ -20,6 +20,7 @@ from kernels.balance import balance_sums
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
 from kernels.cross_entropy import linear_cross_entropy, vocabulary_gradient, vocabulary_statistics
 from kernels.dispatch import collect, papers, spread
+from kernels.embedding import embedding_gradient_
 from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import experts, grouped_mlp
 from kernels.grouped_gemm_configs import Config
@@ -134,6 +135,14 @@ def fp8_weights(s: Sizes, dtype: torch.dtype) -> None:
     shape = (s.E, s.F, s.D)
     codes, scales = cuda(*shape, dtype=fp8.CODE, grad=False), cuda(*fp8.scale_shape(shape), dtype=fp8.SCALE, grad=False)
     fp8.dequantise(codes, scales, dtype)
+
+
+@case(nano=True)
+def embedded(s: Sizes, dtype: torch.dtype) -> None:
+    for sums in (torch.float32, dtype):
+        embedding_gradient_(
+            cuda(s.V, s.D, dtype=sums, grad=False), integers(s.T), cuda(s.T, s.D, dtype=dtype, grad=False)
+        )
 
 
 @case(nano=True)

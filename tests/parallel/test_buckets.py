@@ -19,8 +19,8 @@ def test_rows_are_owned_once_and_keep_their_gradients(ranks: int) -> None:
     gradients = {n: torch.randn_like(p) for n, p in weights.items()}
     axis = Axis(ranks, 0)
     buckets = make_buckets(weights, lambda name: axis, None, size=100)
-    assert [m.name for b in buckets for m in b.members] == ["d", "c", "big", "b", "a"]  # as a backward pass comes by
-    assert [m.name for b in buckets if len(b.members) == 1 for m in b.members] == ["big"]
+    # Large tensors alone, the others together; each bucket where a backward pass completes it.
+    assert [[m.name for m in b.members] for b in buckets] == [["big"], ["d", "c", "b", "a"]]
     for bucket in buckets:
         for _ in range(2):
             for m in bucket.members:
@@ -46,9 +46,41 @@ def test_experts_weights_have_buckets_that_are_added_to_directly(ranks: int) -> 
         sums, holds = bucket.open(member)
         assert holds
         sums += member.parameter.detach()
+        bucket.close(member)
         rows = [member.shard(bucket.total[r], r) for r in range(ranks)]
         assert torch.equal(torch.cat(rows), 2 * member.parameter)
         assert not bucket.total.view(-1)[member.parameter.numel() :].any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_tensors_that_share_a_bucket_are_opened_like_those_that_do_not(ranks: int) -> None:
+    """A buffer shaped like the tensor, overwritten at first, then added to, also by two at a time.  What lies beside it
+    stays as it is; what no gradient came for reads as zero, in the next step too."""
+    weights = parameters()
+    (_, bucket) = make_buckets(weights, lambda name: Axis(ranks, 0), None, size=100)
+    member = {m.name: m for m in bucket.members}
+
+    def fill(name: str, close: bool = True) -> bool:
+        sums, holds = bucket.open(member[name])
+        assert sums.shape == weights[name].shape
+        assert sums.is_contiguous()
+        sums.add_(weights[name].detach()) if holds else sums.copy_(weights[name].detach())
+        if close:
+            bucket.close(member[name])
+        return sums.untyped_storage().data_ptr() == bucket.total.untyped_storage().data_ptr()
+
+    for untouched in ("c", "d"):
+        first, second = "da" if untouched == "c" else "ca"
+        bucket.accumulate(member["b"], weights["b"].detach())
+        in_place = [fill(first), fill(second, close=False), fill(second), fill(first)]
+        assert in_place == [ranks == 1] * 4
+        total = bucket.total
+        bucket.reduce()
+        for name, times in ((first, 2), (second, 2), ("b", 1), (untouched, 0)):
+            rows = torch.cat([member[name].shard(total[r], r) for r in range(ranks)])
+            assert torch.equal(rows, times * weights[name]), name
+        assert total.count_nonzero() == sum(weights[n].numel() for n in (first, second, "b"))  # padding is zero
+        bucket.finish_reduce()
 
 
 def test_narrow_parameters_are_summed_in_fp32_and_travel_as_asked() -> None:

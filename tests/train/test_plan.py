@@ -247,7 +247,7 @@ def test_activations_in_flight(virtual: int, recompute: str) -> None:
         stream, whole = 16 * 24 * 2, 16 * activation_bytes(config.model, "-", 16, 1, 1, 2, gpu=True)
         each = 4 // virtual * (whole if recompute == "none" else stream) + stream
         flying = peak_in_flight(share.stage, 2, virtual, micro_batches(config, layout))
-        head = 2 * (16 * 64 + 64 * 24 + 2 * 16 * 24) if share.stage == 1 else 0
+        head = 2 * (16 * 64 + 2 * 16 * 24) if share.stage == 1 else 0
         passing = max(head, whole if recompute == "full" else 0)
         assert activations(config, layout, share, bf16=True, gpu=True) == flying * each + passing
 
