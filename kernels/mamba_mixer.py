@@ -9,7 +9,8 @@ into the one tensor that the convolution's backward reads, and dz, dxBC and ddt 
 `projected`.  That moves 66 kB a token in bf16, more than the SSD's forward.  Here the kernels are given the columns of
 these two tensors to write to.
 
-Memory: the backward keeps `projected`, the convolution's output and y, as the three operators together do.
+Memory: the backward keeps `projected`, the convolution's output and y, as the three operators together do; the second
+of them only if asked to, for one more run of the convolution's forward kernel makes it again.
 """
 
 from __future__ import annotations
@@ -55,14 +56,15 @@ def fits(projected: Tensor, sizes: Sizes, backends: tuple[str, ...]) -> bool:
 class _MambaMixer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, projected, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, sizes, dt_limit, eps, seq_idx
+        ctx, projected, conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, sizes, dt_limit, eps, seq_idx, keep_conv
     ):  # fmt: skip
         z, before, dt = sizes.columns(projected)
         A = -A_log.exp()
         xBC = conv1d.forward(before, conv_weight, conv_bias, seq_idx)
         x, B, C = sizes.heads(xBC)
         y, _ = ssd.forward(x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx)
-        ctx.save_for_backward(projected, xBC, y, conv_weight, conv_bias, A, D, dt_bias, norm_weight, seq_idx)
+        kept = xBC if keep_conv else None
+        ctx.save_for_backward(projected, kept, y, conv_weight, conv_bias, A, D, dt_bias, norm_weight, seq_idx)
         ctx.sizes, ctx.dt_limit, ctx.eps = sizes, dt_limit, eps
         return gated_norm.forward(as_rows(y.flatten(2)), as_rows(z), norm_weight, sizes.G, eps).view(z.shape)
 
@@ -72,6 +74,8 @@ class _MambaMixer(torch.autograd.Function):
         projected, xBC, y, conv_weight, conv_bias, A, D, dt_bias, norm_weight, seq_idx = ctx.saved_tensors
         sizes = ctx.sizes
         z, before, dt = sizes.columns(projected)
+        if xBC is None:
+            xBC = conv1d.forward(before, conv_weight, conv_bias, seq_idx)
         x, B, C = sizes.heads(xBC)
         # Every column of the two is written by one of the kernels.
         dprojected = torch.empty(projected.shape, dtype=projected.dtype, device=projected.device)
@@ -86,7 +90,7 @@ class _MambaMixer(torch.autograd.Function):
         )
         dconv, dconv_bias, _ = conv1d.backward(before, conv_weight, conv_bias, seq_idx, None, dxBC, dbefore)
         dA_log = dA * A  # A is -exp(A_log), and so is its derivative
-        return dprojected, dconv, dconv_bias, dA_log, dD, ddt_bias, dnorm, None, None, None, None
+        return dprojected, dconv, dconv_bias, dA_log, dD, ddt_bias, dnorm, None, None, None, None, None
 
 
 def mamba_mixer(
@@ -101,16 +105,18 @@ def mamba_mixer(
     dt_limit: tuple[float, float],
     eps: float,
     seq_idx: Tensor | None = None,
+    keep_conv: bool = True,
 ) -> Tensor:
     """projected: (B, S, 2 H P + 2 G N + H), columns z | x | B | C | dt; conv_weight: (H P + 2 G N, W), W from 2 to 4;
     conv_bias: of as many channels, or None; A_log, D, dt_bias: (H,); norm_weight: (H P,); seq_idx: (B, S), the document
     of each token, or None.  Returns (B, S, H P) in projected's dtype; differentiable in every tensor but seq_idx.
+    keep_conv=False: the backward makes the convolution's output again, the same bits, and H P + 2 G N numbers a token
+    less are kept.
 
     It has no form in PyTorch of its own: call it where `fits`, and the three operators elsewhere, or where there is an
     initial state or the final one is wanted.
     """
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     conv_weight, conv_bias = conv_weight.contiguous(), None if conv_bias is None else conv_bias.contiguous()
-    return _MambaMixer.apply(
-        projected.contiguous(), conv_weight, conv_bias, A_log, D, dt_bias, norm_weight, sizes, dt_limit, eps, seq_idx
-    )
+    parameters = (conv_weight, conv_bias, A_log, D, dt_bias, norm_weight)
+    return _MambaMixer.apply(projected.contiguous(), *parameters, sizes, dt_limit, eps, seq_idx, keep_conv)

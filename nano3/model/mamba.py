@@ -38,6 +38,7 @@ class Mamba(nn.Module):
         self.chunk, self.eps = c.chunk_size, c.layer_norm_epsilon
         self.dt_limit = (c.time_step_limit[0], c.time_step_limit[1])
         self.kernels = c.kernels
+        self.keep_conv = True  # for the backward pass; `Nano3` says otherwise
         self.sizes = Sizes(self.H, self.P, self.G, self.N)
         self.backends = (c.kernels.conv1d, c.kernels.ssd, c.kernels.gated_norm)
         self.in_proj = nn.Linear(c.hidden_size, self.d_inner + self.conv_dim + self.H, bias=False)  # z | x | B | C | dt
@@ -81,7 +82,7 @@ class Mamba(nn.Module):
         return leave(self._out(y, z), self.tp, whole=True)
 
     def _fused(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
-        conv, options = self.conv1d, (self.sizes, self.dt_limit, self.eps, seq_idx)
+        conv, options = self.conv1d, (self.sizes, self.dt_limit, self.eps, seq_idx, self.keep_conv)
         parameters = (self.A_log, self.D, self.dt_bias, self.norm.weight)
         return mamba_mixer(projected, conv.weight.squeeze(1), conv.bias, *parameters, *options)
 
