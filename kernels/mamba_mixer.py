@@ -50,7 +50,7 @@ def fits(projected: Tensor, sizes: Sizes, backends: tuple[str, ...]) -> bool:
     if not all(use_triton(projected, backend) for backend in backends) or projected.numel() == 0:
         return False
     group = sizes.H * sizes.P // sizes.G
-    return ssd.fits_kernel(*sizes.heads(sizes.columns(projected)[1])) and group <= gated_norm.MAX_GROUP
+    return ssd.state_fits(projected, sizes.P, sizes.N) and group <= gated_norm.MAX_GROUP
 
 
 class _MambaMixer(torch.autograd.Function):

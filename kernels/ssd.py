@@ -203,9 +203,9 @@ class _SSD(torch.autograd.Function):
         return dx, ddt, dA, dB, dC, dD, dbias, None, None, dfirst
 
 
-def fits_kernel(x: Tensor, B: Tensor, C: Tensor) -> bool:
-    """One dtype for the operands of the products, and a state that fits."""
-    return x.dtype == B.dtype == C.dtype and bool(ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3]))
+def state_fits(x: Tensor, P: int, N: int) -> bool:
+    """Whether the kernels, in x's dtype and on its device, can hold a head's state of P x N."""
+    return ssd_steps.pick_tiles(x.dtype, x.device, P, N) is not None
 
 
 def ssd(
@@ -237,7 +237,7 @@ def ssd(
         raise ValueError(f"ssd: {x.shape[2]} heads are not a multiple of {B.shape[2]} groups")
     if x.shape[1] == 0:
         raise ValueError("ssd: the sequence is empty")
-    if use_triton(x, backend) and fits_kernel(x, B, C):
+    if use_triton(x, backend) and x.dtype == B.dtype == C.dtype and state_fits(x, x.shape[3], B.shape[3]):
         return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, initial_state)
     return ssd_reference(x, dt, A, B, C, D, dt_bias, chunk, dt_limit, seq_idx, initial_state)
 
