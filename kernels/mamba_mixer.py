@@ -114,8 +114,14 @@ def mamba_mixer(
     less are kept.
 
     It has no form in PyTorch of its own: call it where `fits`, and the three operators elsewhere, or where there is an
-    initial state or the final one is wanted.
+    initial state or the final one is wanted.  Raises ValueError on shapes that do not fit.
     """
+    inner, channels = sizes.H * sizes.P, sizes.H * sizes.P + 2 * sizes.G * sizes.N
+    if projected.shape[-1] != inner + channels + sizes.H or not 2 <= conv_weight.shape[1] <= 4:
+        raise ValueError(
+            f"mamba_mixer: projected {tuple(projected.shape)} and conv_weight {tuple(conv_weight.shape)} do not fit; "
+            f"{sizes} need (B, S, {inner + channels + sizes.H}) and ({channels}, 2..4)"
+        )
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     conv_weight, conv_bias = conv_weight.contiguous(), None if conv_bias is None else conv_bias.contiguous()
     parameters = (conv_weight, conv_bias, A_log, D, dt_bias, norm_weight)

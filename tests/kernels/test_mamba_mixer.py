@@ -95,6 +95,12 @@ def test_where_a_kernel_does_not_run_the_three_operators_do(device: str) -> None
     assert not mamba.fits(mixer.in_proj(u).double(), mixer.sizes, mixer.backends)
 
 
+def test_shapes_that_do_not_fit_are_refused(device: str) -> None:
+    u = torch.randn(1, 5, 24, device=device)
+    with pytest.raises(ValueError, match="2..4"):
+        made(device, torch.float32, **SMALL, conv_kernel=5)(u, Rows(), None, True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
 def test_same_bits_compiled(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
