@@ -15,7 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Case, mamba, peer_is_nearer, print_json, print_table, run_cases
+from benchmarks.measure import (
+    Case,
+    Errors,
+    Tensors,
+    errors,
+    judge,
+    mamba,
+    print_json,
+    print_table,
+    run_cases,
+    run_checks,
+    smallest_tiles,
+)
 from kernels.ssd import ssd, ssd_reference, ssd_step
 
 _peer = mamba("ops.triton.ssd_combined")  # timed without it where there is none
@@ -80,6 +92,7 @@ def draw(
     idx = None
     if packed:
         starts = torch.rand(batch, S, device=DEVICE) < (1.0 if packed == "every token" else 4 / S)
+        starts[:, 0] = False  # documents count from 0: to mamba-ssm that one, not the first, has the initial state
         idx = starts.cumsum(1).int()
     return Draw(
         [t.requires_grad_() for t in (x.detach(), dt.detach(), A, B.detach(), C.detach(), normal(heads), bias)],
@@ -97,57 +110,28 @@ def mamba_ssm(x, dt, A, B, C, D, bias, chunk, limit, idx, initial):
     )  # fmt: skip
 
 
-def error(got: Tensor, truth: Tensor) -> float:
-    truth = truth.double()
-    size = truth.norm().item()
-    return (got.double() - truth).norm().item() / (size or 1.0)
+def limit_of(dtype: torch.dtype) -> Callable[[Errors], float]:
+    """The error that ours may have: fp32, 1e-5 or eager's.  Else twice the worse of eager's and of rounding the truth
+    once (eager returns the final state, computed in fp32 throughout, unrounded)."""
+    if dtype == torch.float32:
+        return lambda e: max(1e-5, e.eager)
+    return lambda e: 2 * max(e.eager, e.rounded)
 
 
-class Verdict:
-    """The errors of one case as text, and whether they are as they should be.
-
-    fp32: within 1e-5, or no further than eager.  Else twice the worse of eager's error and of rounding the truth to the
-    dtype once (eager returns the final state, computed in fp32 throughout, unrounded).  mamba-ssm is never nearer by
-    more than 10 %.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype, self.words, self.good = dtype, [], True
-
-    def add(self, name: str, ours: Tensor, eager: Tensor, peer: Tensor | None, truth: Tensor) -> None:
-        mine, theirs = error(ours, truth), error(eager, truth)
-        found = [mine, theirs]
-        if self.dtype == torch.float32:
-            fine = mine <= max(1e-5, theirs)
-        else:
-            fine = mine <= 2 * max(theirs, error(truth.to(self.dtype), truth))
-        nearer = False
-        if peer is not None:
-            found.append(error(peer, truth))
-            nearer = peer_is_nearer(mine, found[-1])
-        fine = fine and bool(torch.isfinite(ours).all())
-        word = "/".join(f"{e:.2e}" for e in found)
-        self.words.append(f"{name} {word}" + "(!)" * (not fine) + "(mamba-ssm nearer)" * nearer)
-        self.good = self.good and fine and not nearer
-
-    def __str__(self) -> str:
-        return " ".join(self.words)
+def named(results: list[Tensor] | tuple[Tensor, ...]) -> Tensors:
+    return dict(zip(NAMES, results, strict=False))
 
 
-def compare(d: Draw, beside_peer: bool = True) -> Verdict:
-    """ours, eager PyTorch in the same dtype and mamba-ssm, output and every gradient, against float64."""
+def results(d: Draw, beside_peer: bool, notes: list[str]) -> tuple[Tensors, Tensors, Tensors, Tensors | None]:
+    """ours, eager PyTorch in the same dtype, float64 truth and mamba-ssm: outputs and every gradient."""
     dtype = d.arguments[0].dtype
-    verdict = Verdict(dtype)
-    ours, eager, peer = d.to(dtype).run(ssd), d.to(dtype).run(ssd_reference), None
+    ours, eager, peer = named(d.to(dtype).run(ssd)), named(d.to(dtype).run(ssd_reference)), None
     if beside_peer and mamba_chunk_scan_combined is not None:
         try:
-            peer = d.to(dtype).run(mamba_ssm)
+            peer = named(d.to(dtype).run(mamba_ssm))
         except Exception as e:  # theirs does not run at this shape: nothing to compare with
-            verdict.words.append(f"[mamba-ssm: {type(e).__name__} {str(e)[:60]}]")
-    truth = d.to(torch.float64).run(ssd_reference)
-    for i, name in enumerate(NAMES[: len(truth)]):
-        verdict.add(name, ours[i], eager[i], None if peer is None else peer[i], truth[i])
-    return verdict
+            notes[:] = [f"[mamba-ssm: {type(e).__name__} {str(e)[:60]}]"]
+    return ours, eager, named(d.to(torch.float64).run(ssd_reference)), peer
 
 
 def step_inputs(rows: int, dtype: torch.dtype) -> list[Tensor]:
@@ -157,9 +141,9 @@ def step_inputs(rows: int, dtype: torch.dtype) -> list[Tensor]:
     return [state, *(t[0] for t in (x, dt)), A, *(t[0] for t in (B, C)), D, bias]
 
 
-def compare_step(rows: int, dtype: torch.dtype) -> Verdict:
-    inputs, verdict = step_inputs(rows, dtype), Verdict(dtype)
-    ours, eager, peer = ssd_step(*inputs), ssd_step(*inputs, backend="torch"), (None, None)
+def step_results(rows: int, dtype: torch.dtype, notes: list[str]) -> tuple[Tensors, Tensors, Tensors, Tensors | None]:
+    inputs = step_inputs(rows, dtype)
+    ours, eager, peer = ssd_step(*inputs), ssd_step(*inputs, backend="torch"), None
     if selective_state_update is not None:
         state, x, dt, A, B, C, D, bias = inputs
         state = state.clone()  # theirs writes into it
@@ -167,51 +151,66 @@ def compare_step(rows: int, dtype: torch.dtype) -> Verdict:
         A = A[:, None, None].expand(-1, P, N)
         try:
             y = selective_state_update(state, x, wide[0], A, B, C, wide[1], None, wide[2], dt_softplus=True)
-            peer = (y, state)
+            peer = named((y, state))
         except Exception as e:
-            verdict.words.append(f"[mamba-ssm: {type(e).__name__} {str(e)[:60]}]")
+            notes[:] = [f"[mamba-ssm: {type(e).__name__} {str(e)[:60]}]"]
     truth = ssd_step(*(t.double() for t in inputs), backend="torch")
-    for found in zip(("y", "state"), ours, eager, peer, truth, strict=True):
-        verdict.add(*found)
-    return verdict
+    return named(ours), named(eager), named(truth), peer
+
+
+def check_one(label: str, dtype: torch.dtype, options: dict) -> tuple[bool, str]:
+    """One case, mean of four draws; whether it is right, and the line that says so.  options: `draw`'s, or `rows`."""
+    torch.manual_seed(0)
+    smallest_tiles()
+    notes: list[str] = []
+
+    def draws() -> Iterator[tuple[Tensors, Tensors, Tensors, Tensors | None]]:
+        for _ in range(4):
+            if "rows" in options:
+                yield step_results(options["rows"], dtype, notes)
+            else:
+                yield results(draw(**options, dtype=dtype), True, notes)
+
+    right, text = judge(errors(draws(), dtype), limit_of(dtype))
+    return right, " ".join([f"{str(dtype)[6:]:9s} {label:24s} {text}", *notes])
+
+
+def check_twice(S: int) -> tuple[bool, str]:
+    d = draw(S)
+    same = all(torch.equal(a, b) for a, b in zip(d.run(ssd), d.run(ssd), strict=True))
+    return same, f"two runs at S={S} are {'' if same else 'not '}bit-identical"
+
+
+def check_case(label: str, dtype: torch.dtype | None, options: dict) -> tuple[bool, str]:
+    return check_twice(**options) if dtype is None else check_one(label, dtype, options)
 
 
 def check() -> bool:
     """Lengths, packing, groups and dtypes of the project's list; two runs bit by bit.  One line per case."""
-    good = True
     print("relative errors against float64: ours / eager / mamba-ssm")
     if mamba_chunk_scan_combined is None:
         print("mamba-ssm is not importable: nothing is compared with it (name its source folder in $MAMBA_SSM)")
-    for dtype in (torch.bfloat16, torch.float32):
-        cases = [(f"S={S}", {"S": S}) for S in (1, 63, 127, 129, 1024)]
-        cases += [
-            ("S=4097 H=16 G=1", {"S": 4097, "heads": 16, "groups": 1}),
-            ("S=4097 H=16 G=8", {"S": 4097, "heads": 16, "groups": 8}),
-            ("2 rows, S=777, packed", {"S": 777, "batch": 2, "packed": True, "heads": 16}),
-            ("one document per token", {"S": 257, "packed": "every token", "heads": 16}),
-        ]
-        for label, options in cases:
-            torch.manual_seed(0)
-            verdict = compare(draw(**options, dtype=dtype))
-            good = good and verdict.good
-            print(f"{'ok   ' if verdict.good else 'WRONG'} {str(dtype)[6:]:9s} {label:24s} {verdict}", flush=True)
-            torch.cuda.empty_cache()
-        for rows in (1, 3, 128):
-            torch.manual_seed(0)
-            verdict = compare_step(rows, dtype)
-            good = good and verdict.good
-            label = f"step, {rows} sequences"
-            print(f"{'ok   ' if verdict.good else 'WRONG'} {str(dtype)[6:]:9s} {label:24s} {verdict}", flush=True)
-    d = draw(8192).to(torch.bfloat16)
-    same = all(torch.equal(a, b) for a, b in zip(d.run(ssd), d.run(ssd), strict=True))
-    print(f"{'ok   ' if same else 'WRONG'} two runs at S=8192 are {'' if same else 'not '}bit-identical")
-    return good and same
+    shapes = {
+        "S=4097 H=16 G=1": {"S": 4097, "heads": 16, "groups": 1},
+        "S=4097 H=16 G=8": {"S": 4097, "heads": 16, "groups": 8},
+        "2 rows, S=777, packed": {"S": 777, "batch": 2, "packed": True, "heads": 16},
+        "one document per token": {"S": 257, "packed": "every token", "heads": 16},
+    }
+    shapes |= {f"S={S}": {"S": S} for S in (1024, 129, 127, 63, 1)}
+    shapes |= {f"step, {rows} sequences": {"rows": rows} for rows in (1, 3, 128)}
+    cases = [
+        {"label": label, "dtype": dtype, "options": options}
+        for dtype in (torch.float32, torch.bfloat16)  # long ones first, so that no process is left with one
+        for label, options in shapes.items()
+    ]
+    return run_checks(check_case, [*cases, {"label": "", "dtype": None, "options": {"S": 8192}}])
 
 
 def _verified() -> None:
     torch.manual_seed(0)
-    verdict = compare(draw(2048, heads=16, groups=2), beside_peer=False)
-    assert verdict.good, str(verdict)
+    drawn = results(draw(2048, heads=16, groups=2), False, [])
+    right, text = judge(errors([drawn], torch.bfloat16), limit_of(torch.bfloat16))
+    assert right, text
 
 
 def cases(T: int) -> Iterator[Case]:

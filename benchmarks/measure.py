@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -17,8 +19,10 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,32 +110,90 @@ def peer_is_nearer(ours: float, peer: float) -> bool:
     return not ours <= 1.1 * peer + 1e-6
 
 
-def accuracy(
-    ours: dict[str, Tensor],
-    eager: dict[str, Tensor],
-    truth: dict[str, Tensor],
-    peer: dict[str, Tensor] | None = None,
-) -> str:
-    """Errors of `ours`, of `eager` PyTorch in the same dtype and of a `peer` against float64 `truth`, name by name.
+class Errors(NamedTuple):
+    """Of one output or gradient against float64."""
 
-    Raises AssertionError, with the same text, where ours is above 1e-5 (fp32), or above twice eager plus 16 fp32
-    roundings (narrower), or where the peer is nearer.
+    ours: float
+    eager: float  # PyTorch in the same dtype
+    rounded: float  # of the truth itself, rounded once to that dtype
+    peer: float | None
+
+
+Tensors = dict[str, Tensor]
+
+
+def errors(draws: Iterable[tuple[Tensors, Tensors, Tensors, Tensors | None]], dtype: torch.dtype) -> dict[str, Errors]:
+    """Means over draws of ours, eager, truth and a peer's (or None) by name: luck in one draw is less in four.
+
+    The draws are consumed one by one; of their tensors nothing is kept.
     """
-    lines, wrong = [], False
-    for name, t in truth.items():
-        error, budget = relative_error(ours[name], t), relative_error(eager[name], t)
-        limit = 1e-5 if ours[name].dtype == torch.float32 else 2 * budget + 16 * torch.finfo(torch.float32).eps
-        line = f"{name} {error:.1e} (eager {budget:.1e}"
-        nearer = False
-        if peer is not None:
-            theirs = relative_error(peer[name], t)
-            nearer = peer_is_nearer(error, theirs)
-            line += f", mamba-ssm {theirs:.1e}" + " NEARER" * nearer
-        lines.append(line + ")" + ("" if error <= limit else " WRONG"))
-        wrong |= nearer or not error <= limit
-    if wrong:
-        raise AssertionError(", ".join(lines))
-    return ", ".join(lines)
+    found: dict[str, list[Errors]] = {}
+    for ours, eager, truth, peer in draws:
+        for name, t in truth.items():
+            contenders = (ours[name], eager[name], t.to(dtype), None if peer is None else peer[name])
+            e = Errors(*(None if x is None else relative_error(x, t) for x in contenders))
+            found.setdefault(name, []).append(e)
+    mean = {}
+    for name, each in found.items():
+        mean[name] = Errors(
+            *(None if None in column else statistics.fmean(column) for column in zip(*each, strict=True))
+        )
+    return mean
+
+
+def judge(found: dict[str, Errors], limit: Callable[[Errors], float]) -> tuple[bool, str]:
+    """Whether ours is within `limit` everywhere and no peer nearer; and the errors, ours / eager / the peer's."""
+    right, words = True, []
+    for name, e in found.items():
+        wrong = not e.ours <= limit(e)
+        nearer = e.peer is not None and peer_is_nearer(e.ours, e.peer)
+        numbers = "/".join(f"{x:.1e}" for x in (e.ours, e.eager, e.peer) if x is not None)
+        words.append(f"{name} {numbers}" + " (WRONG)" * wrong + " (the peer is NEARER)" * nearer)
+        right = right and not wrong and not nearer
+    return right, ", ".join(words)
+
+
+def run_checks(check: Callable[..., tuple[bool, str]], cases: list[dict], processes: int = 12) -> bool:
+    """check(**case) for each of the cases; prints each text when it is there, returns whether all were right.
+
+    Several processes at a time: kernels are compiled for every shape and dtype, which takes one core seconds, and then
+    run for microseconds.  `check` is a module's function; a case that raises is wrong.
+    """
+    right, start = True, time.perf_counter()
+    processes = max(1, min(processes, len(cases), (os.cpu_count() or 2) - 1))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _exact) as pool:
+        running = {pool.submit(check, **case): case for case in cases}
+        for done in as_completed(running):
+            try:
+                good, text = done.result()
+            except Exception as error:
+                good, text = False, f"{running[done]}: {type(error).__name__}: {str(error)[:500]}"
+            right = right and good
+            print("ok   " if good else "WRONG", text, flush=True)
+    print(f"{len(cases)} cases in {time.perf_counter() - start:.0f} s", flush=True)
+    return right
+
+
+def _exact() -> None:
+    """What a process of `run_checks` begins with: fp32 products in fp32, and no search for a peer's best tiles."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.set_num_threads(1)
+
+
+def smallest_tiles() -> None:
+    """Every kernel of mamba-ssm's modules that are imported so far keeps the smallest of its tiles.
+
+    For checks: otherwise each is compiled and timed with up to a dozen tiles for every shape, which takes minutes.  A
+    tile changes the order of sums, not what is rounded.
+    """
+    from triton.runtime.autotuner import Autotuner, Heuristics
+
+    for name in [name for name in sys.modules if name.startswith("mamba_ssm.")]:
+        for kernel in vars(sys.modules[name]).values():
+            while isinstance(kernel, Heuristics):
+                kernel = kernel.fn
+            if isinstance(kernel, Autotuner):
+                kernel.configs = [min(kernel.configs, key=lambda c: math.prod(c.kwargs.values()))]
 
 
 @cache

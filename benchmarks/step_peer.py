@@ -26,11 +26,13 @@ def offer_convolution() -> None:
         return causal_conv1d(x.transpose(1, 2), weight, bias, seq_idx).transpose(1, 2)
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx, initial, final, silu: bool) -> Tensor:
-        return conv1d._forward(x.transpose(1, 2), weight, bias, seq_idx, None).transpose(1, 2)
+        return conv1d.forward(x.transpose(1, 2), weight, bias, seq_idx).transpose(1, 2)
 
     def backward(x, weight, bias, dy, seq_idx, initial, dfinal, dx, dinitial, silu):
-        found, dweight, dbias, _ = conv1d._backward(x.transpose(1, 2), weight, bias, seq_idx, None, dy.transpose(1, 2))
-        return found.transpose(1, 2), dweight, dbias
+        dx = torch.empty_like(x) if dx is None else dx
+        x, dy = x.transpose(1, 2), dy.transpose(1, 2)
+        dweight, dbias, _ = conv1d.backward(x, weight, bias, seq_idx, None, dy, dx.transpose(1, 2))
+        return dx, dweight, dbias
 
     package, functions = types.ModuleType("causal_conv1d"), types.ModuleType("causal_conv1d.cpp_functions")
     package.causal_conv1d_fn, package.cpp_functions, package.__path__ = whole, functions, []

@@ -182,7 +182,14 @@ def _runs(x: Tensor, launch: Launch) -> tuple[tuple[int, int, int], int]:
     return (blocks, triton.cdiv(S, 4 * steps), B), steps
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial: Tensor | None) -> Tensor:
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None = None,
+    initial: Tensor | None = None,
+) -> Tensor:
+    """The kernel, outside autograd.  x: rows anywhere, neighbouring channels; the others contiguous."""
     B, S, C = x.shape
     y = torch.empty(B, S, C, dtype=x.dtype, device=x.device)
     grid, steps = _runs(x, FORWARD)
@@ -227,14 +234,15 @@ def _row_dx(g, d, w, W: tl.constexpr, SEQ: tl.constexpr):
 @jit(do_not_specialize=["S", "steps"])
 def _bwd_kernel(
     x_ptr, weight_ptr, bias_ptr, seq_ptr, initial_ptr, dy_ptr, dx_ptr, dinitial_ptr, partial_ptr,
-    S, C, steps, x_batch, x_row, dy_batch, dy_row,
+    S, C, steps, x_batch, x_row, dy_batch, dy_row, dx_batch, dx_row,
     W: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, SEQ: tl.constexpr, INITIAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: dx of BLOCK channels of a run of 4 * steps rows, three rows behind the g it needs for that.
 
     It therefore runs one step past its end, where g is computed for dx but belongs to the next run's sums.
-    x, dy (B, S, C) with batch and row strides; partial (B * runs, W + 1, C) fp32, taps then bias; others contiguous.
+    x, dy, dx (B, S, C) with batch and row strides; partial (B * runs, W + 1, C) fp32, taps then bias; the others
+    contiguous.
     """
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     live = cols < C
@@ -244,7 +252,7 @@ def _bwd_kernel(
     batch = tl.program_id(2).to(tl.int64)
     x_ptr += batch * x_batch + cols
     dy_ptr += batch * dy_batch + cols
-    dx_ptr += batch * S * C + cols
+    dx_ptr += batch * dx_batch + cols
     seq_ptr += batch * S
     initial_ptr += batch * (W - 1) * C + cols
     dinitial_ptr += batch * (W - 1) * C + cols
@@ -281,10 +289,10 @@ def _bwd_kernel(
         dxb = _row_dx((gb, ga, g1, g2), (db, da, d1, d2), w, W, SEQ)
         dxc = _row_dx((gc, gb, ga, g1), (dc, db, da, d1), w, W, SEQ)
         dxd = _row_dx((gd, gc, gb, ga), (dd, dc, db, da), w, W, SEQ)
-        tl.store(dx_ptr + (t - 3) * C, dxa, mask=_rows(live, t - 3, first, end))
-        tl.store(dx_ptr + (t - 2) * C, dxb, mask=_rows(live, t - 2, first, end))
-        tl.store(dx_ptr + (t - 1) * C, dxc, mask=_rows(live, t - 1, first, end))
-        tl.store(dx_ptr + t * C, dxd, mask=_rows(live, t, 0, end))
+        tl.store(dx_ptr + (t - 3) * dx_row, dxa, mask=_rows(live, t - 3, first, end))
+        tl.store(dx_ptr + (t - 2) * dx_row, dxb, mask=_rows(live, t - 2, first, end))
+        tl.store(dx_ptr + (t - 1) * dx_row, dxc, mask=_rows(live, t - 1, first, end))
+        tl.store(dx_ptr + t * dx_row, dxd, mask=_rows(live, t, 0, end))
         if INITIAL:
             tl.store(dinitial_ptr + (W - 2) * C, dxc, mask=_rows(live, t, 0, 1))
             if W > 2:
@@ -303,26 +311,34 @@ def _bwd_kernel(
     tl.store(partial_ptr + W * C, sums[4], mask=live)
 
 
-def _backward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial: Tensor | None, dy: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns dx, dweight (C, W), dbias (C,) and dinitial, each in the dtype of its tensor."""
+def backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    initial: Tensor | None,
+    dy: Tensor,
+    dx: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Writes dx; returns dweight (C, W), dbias (C,) and dinitial, each in the dtype of its tensor.
+
+    x, dy, dx: (B, S, C), rows anywhere, neighbouring channels; the others contiguous.
+    """
     (B, S, C), W = x.shape, weight.shape[1]
-    dx = torch.empty(B, S, C, dtype=x.dtype, device=x.device)
     dinitial = None if initial is None else torch.empty_like(initial)
     grid, steps = _runs(x, BACKWARD)
     partial = torch.empty(B * grid[1], (W + 1) * C, dtype=torch.float32, device=x.device)
     _bwd_kernel[grid](
         x, weight, bias, x if seq_idx is None else seq_idx, x if initial is None else initial,
         dy, dx, dx if dinitial is None else dinitial, partial,
-        S, C, steps, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+        S, C, steps, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1),
         W=W, BLOCK=BACKWARD.block, BIAS=bias is not None, SEQ=seq_idx is not None,
         INITIAL=initial is not None, STAGES=BACKWARD.stages, num_warps=BACKWARD.warps,
     )  # fmt: skip
     same = bias is None or bias.dtype == weight.dtype
     sums = sum_partials(partial, weight.dtype if same else torch.float32).view(W + 1, C)
     dbias = None if bias is None else sums[W].to(bias.dtype)
-    return dx, sums[:W].t().to(weight.dtype), dbias, dinitial
+    return sums[:W].t().to(weight.dtype), dbias, dinitial
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -331,13 +347,14 @@ class _CausalConv1d(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, initial: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias, seq_idx, initial)
-        return _forward(x, weight, bias, seq_idx, initial)
+        return forward(x, weight, bias, seq_idx, initial)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx, initial = ctx.saved_tensors
-        dx, dweight, dbias, dinitial = _backward(x, weight, bias, seq_idx, initial, _channel_last(dy))
+        dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        dweight, dbias, dinitial = backward(x, weight, bias, seq_idx, initial, _channel_last(dy), dx)
         return dx, dweight, dbias, None, dinitial
 
 

@@ -67,8 +67,8 @@ def _tiles(y: Tensor, groups: int, launch: Launch) -> tuple[int, int, int, int, 
     return rows, block, warps, programs, triton.cdiv(y.shape[0] * groups, programs * rows)
 
 
-def _forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """y, z: (T, d), last dimension contiguous."""
+def forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
+    """The kernel, outside autograd.  y, z: (T, d), last dimension contiguous."""
     T, d = y.shape
     out = torch.empty(T, d, dtype=y.dtype, device=y.device)
     rows, block, warps, programs, steps = _tiles(y, groups, FORWARD)
@@ -84,10 +84,11 @@ def _forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> T
 # s = sigmoid(z):   dy = du * z * s,   dz = du * y * s * (1 + z * (1 - s)).
 @jit(do_not_specialize=["T", "steps"])
 def _bwd_kernel(
-    y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr, T, steps, y_stride, z_stride, dout_stride, eps,
+    y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr,
+    T, steps, y_stride, z_stride, dout_stride, dz_stride, eps,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y, z, dout (T, d) with token strides; dy, dz (T, d) contiguous; weight (d,).
+    """y, z, dout, dz (T, d) with token strides; dy (T, d) contiguous; weight (d,).
 
     dweight (num_programs * ROWS, GROUP) fp32: a sum for each row of each program's tile, that of group (row % G).
     """
@@ -114,25 +115,24 @@ def _bwd_kernel(
         dweight += dout * n
         du = (wdout - n * m) * rstd
         tl.store(dy_ptr + token * (G * GROUP) + channel, du * silu, mask=mask)
-        tl.store(dz_ptr + token * (G * GROUP) + channel, du * y * (s + silu * (1.0 - s)), mask=mask)
+        tl.store(dz_ptr + token * dz_stride + channel, du * y * (s + silu * (1.0 - s)), mask=mask)
     tl.store(dweight_ptr + first.to(tl.int64) * GROUP + cols, dweight, mask=cols < GROUP)
 
 
-def _backward(
-    y: Tensor, z: Tensor, weight: Tensor, dout: Tensor, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, z, dout: (T, d), last dimension contiguous.  Returns dy, dz, dweight, each in the dtype of its tensor."""
+def backward(
+    y: Tensor, z: Tensor, weight: Tensor, dout: Tensor, groups: int, eps: float, dz: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y, z, dout, dz: (T, d), last dimension contiguous.  Writes dz; returns dy and dweight, like y and weight."""
     T, d = y.shape
     dy = torch.empty(T, d, dtype=y.dtype, device=y.device)
-    dz = torch.empty(T, d, dtype=z.dtype, device=y.device)
     rows, block, warps, programs, steps = _tiles(y, groups, BACKWARD)
     partial = torch.empty(programs * rows, d // groups, dtype=torch.float32, device=y.device)
     _bwd_kernel[(programs,)](
-        y, z, weight, dout, dy, dz, partial, T, steps, y.stride(0), z.stride(0), dout.stride(0), eps,
+        y, z, weight, dout, dy, dz, partial, T, steps, y.stride(0), z.stride(0), dout.stride(0), dz.stride(0), eps,
         G=groups, GROUP=d // groups, ROWS=rows, BLOCK=block, STAGES=stages_of(BACKWARD, 3 * rows * block, y),
         num_warps=warps,
     )  # fmt: skip
-    return dy, dz, sum_partials(partial.view(-1, d), weight.dtype)
+    return dy, sum_partials(partial.view(-1, d), weight.dtype)
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -141,13 +141,14 @@ class _GatedRMSNorm(torch.autograd.Function):
         rows_y, rows_z = as_rows(y), as_rows(z)
         ctx.save_for_backward(rows_y, rows_z, weight)
         ctx.groups, ctx.eps = groups, eps
-        return _forward(rows_y, rows_z, weight, groups, eps).view(y.shape)
+        return forward(rows_y, rows_z, weight, groups, eps).view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
-        dy, dz, dweight = _backward(y, z, weight, as_rows(dout), ctx.groups, ctx.eps)
+        dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        dy, dweight = backward(y, z, weight, as_rows(dout), ctx.groups, ctx.eps, dz)
         return dy.view(dout.shape), dz.view(dout.shape), dweight, None, None
 
 

@@ -8,10 +8,12 @@ chunk of L tokens the scan is a masked matrix product, between chunks only the s
 a packed row begins a new document, wherever in a chunk that is.  Heads h of group g = h // (H / G) share B and C.
 Decay sums, exponentials and states are fp32 (float64 for float64 input) whatever the dtype of x.
 
-The Triton kernels are in `kernels.ssd_steps` (what depends on dt alone), `kernels.ssd_forward` and
-`kernels.ssd_backward`.  They choose their own chunk, which the result does not depend on, and keep the inputs for the
-backward, nothing else: decays and states are made again there.
+The Triton kernels are in `kernels.ssd_steps` (what depends on dt alone), `kernels.ssd_forward`, `kernels.ssd_backward`
+and `kernels.ssd_backward_keys`.  They choose their own chunk, which the result does not depend on, and keep the inputs
+for the backward, nothing else: decays and states are made again there.
 """
+
+from __future__ import annotations  # so that ssd_steps.Tiles is not looked up where there is no triton
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels import ssd_backward, ssd_forward, ssd_steps
+    from kernels import ssd_backward, ssd_backward_keys, ssd_forward, ssd_steps
 
 
 def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
@@ -128,41 +130,82 @@ def _aligned(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(-1) == 1 else t.contiguous()
 
 
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float],
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The kernels of `ssd`, outside autograd.  Strides: any but the last, which is 1; initial_state contiguous."""
+    tiles = ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3])
+    steps = ssd_steps.prepare(dt, A, dt_bias, dt_limit, seq_idx, tiles)
+    states, last, _, _ = ssd_forward.carry_states(x, B, C, steps, tiles, initial_state)
+    return ssd_forward.scan(x, B, C, D, steps, states, seq_idx, tiles), last
+
+
+def backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    dt_limit: tuple[float, float],
+    seq_idx: Tensor | None,
+    initial_state: Tensor | None,
+    dy: Tensor,
+    dlast: Tensor | None,
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Writes dx, ddt, dB and dC into `gradients`; returns the gradients of A, D, dt_bias and the initial state.
+
+    The first ten as for `forward`; dy and dlast contiguous.  `gradients` may be columns of wider tensors: a token's
+    numbers lie side by side, and dB and dC have the same strides.
+    """
+    dx, ddt, dB, dC = gradients
+    tiles = ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3])
+    steps = ssd_steps.prepare(dt, A, dt_bias, dt_limit, seq_idx, tiles)
+    states, _, dstates, dfirst = ssd_forward.carry_states(x, B, C, steps, tiles, initial_state, dy, dlast)
+    dCB, own, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles, dx)
+    through = ssd_backward_keys.dB_and_dC(x, dy, B, C, dCB, steps, states, dstates, flows, tiles, dB, dC)
+    sums = ssd_steps.ddt_and_parameters(dt, A, dt_bias, dt_limit, steps, own, flows, through, tiles, ddt)
+    dA, dD, dbias = (total.to(t.dtype) for total, t in zip(sums, (A, D, dt_bias), strict=True))
+    return dA, dD, dbias, None if initial_state is None else dfirst.to(initial_state.dtype)
+
+
 class _SSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, initial_state):
         x, dt, B, C, seq_idx = map(_aligned, (x, dt, B, C, seq_idx))
         first = None if initial_state is None else initial_state.contiguous()
-        tiles = ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3])
-        steps = ssd_steps.prepare(dt, A, dt_bias, dt_limit, seq_idx, tiles)
-        states, last, _, _ = ssd_forward.carry_states(x, B, C, steps, tiles, first)
-        y = ssd_forward.scan(x, B, C, D, steps, states, seq_idx, tiles)
         ctx.save_for_backward(x, dt, A, B, C, D, dt_bias, seq_idx, first)
-        ctx.dt_limit, ctx.tiles = dt_limit, tiles
+        ctx.dt_limit = dt_limit
         ctx.set_materialize_grads(False)
-        return y, last
+        return forward(x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, first)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlast):
         x, dt, A, B, C, D, dt_bias, seq_idx, first = ctx.saved_tensors
-        tiles = ctx.tiles
         dy = x.new_zeros(x.shape) if dy is None else dy.contiguous()
         dlast = None if dlast is None else dlast.contiguous()
-        steps = ssd_steps.prepare(dt, A, dt_bias, ctx.dt_limit, seq_idx, tiles)
-        states, _, dstates, dfirst = ssd_forward.carry_states(x, B, C, steps, tiles, first, dy, dlast)
-        dx, dCB, own, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles)
-        dB, dC, through = ssd_backward.dB_and_dC(x, dy, B, C, dCB, steps, states, dstates, flows, tiles)
-        ddt, (dA, dD, dbias) = ssd_steps.ddt_and_parameters(
-            dt, A, dt_bias, ctx.dt_limit, steps, own, flows, through, tiles
+        dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
+        dA, dD, dbias, dfirst = backward(
+            x, dt, A, B, C, D, dt_bias, ctx.dt_limit, seq_idx, first, dy, dlast, (dx, ddt, dB, dC)
         )
-        dfirst = None if first is None else dfirst.to(first.dtype)
-        return dx, ddt, dA.to(A.dtype), dB, dC, dD.to(D.dtype), dbias.to(dt_bias.dtype), None, None, dfirst
+        return dx, ddt, dA, dB, dC, dD, dbias, None, None, dfirst
 
 
-def _fits_kernel(x: Tensor, B: Tensor, C: Tensor) -> bool:
-    """One dtype for the operands of the products, and a state that fits."""
-    return x.dtype == B.dtype == C.dtype and bool(ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3]))
+def state_fits(x: Tensor, P: int, N: int) -> bool:
+    """Whether the kernels, in x's dtype and on its device, can hold a head's state of P x N."""
+    return ssd_steps.pick_tiles(x.dtype, x.device, P, N) is not None
 
 
 def ssd(
@@ -194,7 +237,7 @@ def ssd(
         raise ValueError(f"ssd: {x.shape[2]} heads are not a multiple of {B.shape[2]} groups")
     if x.shape[1] == 0:
         raise ValueError("ssd: the sequence is empty")
-    if use_triton(x, backend) and _fits_kernel(x, B, C):
+    if use_triton(x, backend) and x.dtype == B.dtype == C.dtype and state_fits(x, x.shape[3], B.shape[3]):
         return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, initial_state)
     return ssd_reference(x, dt, A, B, C, D, dt_bias, chunk, dt_limit, seq_idx, initial_state)
 

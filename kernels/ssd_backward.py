@@ -16,7 +16,8 @@ if they held the diagonal (often the largest part, and no decay passes over it):
 diagonal, in one program.
 
 Launches: `_prepare_kernel`, `_states_kernel` (S again and dS together), `_dx_kernel` (dx, dCB, what ddt needs of them),
-`_dBC_kernel` (dB, dC, r, keep <dS, S>), `_ddt_kernel`, and one sum over chunks for A, D and dt_bias.
+`_dBC_kernel` (dB, dC, r, keep <dS, S>; in `kernels.ssd_backward_keys`), `_ddt_kernel` (in `kernels.ssd_steps`), and one
+sum over chunks for A, D and dt_bias.
 No atomics: every sum has one owner and one order.
 
 Two programs of `_dx_kernel` and of `_dBC_kernel` share a multiprocessor, if none takes more than half of its 64 K
@@ -35,12 +36,9 @@ from kernels.ssd_steps import (
     ACROSS,
     COLUMNS,
     DECAY,
-    ENTER,
     FLOWS,
-    FROM_START,
     KINDS,
     LARGEST,
-    LEAVE,
     MIDDLE,
     ROWS,
     SKIP,
@@ -52,8 +50,6 @@ from kernels.ssd_steps import (
 )
 
 DESCRIPTORS = True  # x, dy and dS through tensor descriptors in `_dx_kernel`; False: by pointers everywhere
-
-# --- dx and dCB ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -100,6 +96,7 @@ def _dx_block(
     x_head,
     B_token: tl.constexpr,
     C_token: tl.constexpr,
+    dx_token: tl.constexpr,
     FIRST: tl.constexpr,
     HAS_IDX: tl.constexpr,
     P: tl.constexpr,
@@ -186,7 +183,8 @@ def _dx_block(
             dstate = tl.load(dstates_ptr + vector * (BLOCK_P * BLOCK_N) + (p[:, None] * BLOCK_N + n[None, :]))
         to_end = tl.load(p_v + TO_END * Q)
         dx += tl.dot(B, tl.trans(dstate), input_precision="ieee") * to_end[:, None]  # [R, N] @ [N, P]
-        tl.store(dx_ptr + (start.to(tl.int64) * H + h) * P + (r[:, None] * (H * P) + p[None, :]), dx, mask=real)
+        p_dx = dx_ptr + start.to(tl.int64) * dx_token + h * P
+        tl.store(p_dx + (r[:, None] * dx_token + p[None, :]), dx, mask=real)
     out = dCB_ptr + half * Q + half + r[:, None] * Q + r[None, :]
     tl.store(out, tl.where(visible, dBC, tl.where(diagonal, down[:, None], 0.0)).to(dCB_ptr.dtype.element_ty))
 
@@ -286,6 +284,8 @@ def _dx_kernel(
     C_batch,
     C_token: tl.constexpr,
     C_group,
+    dx_batch,
+    dx_token: tl.constexpr,
     idx_batch,
     HAS_IDX: tl.constexpr,
     P: tl.constexpr,
@@ -299,8 +299,8 @@ def _dx_kernel(
 ):
     """One program: the SHARE heads of one group, and dx of R tokens or the block of a chunk between its two halves.
 
-    x, B, C strided; dy, dx (B, S, H, P) contiguous; dCB (B, chunks, G, Q, Q), [.., j, i], blocks i >= j only;
-    own (B, chunks, G, Q): B_j . C_j.
+    x, B, C strided; dy (B, S, H, P) contiguous; dx with batch and token strides; dCB (B, chunks, G, Q, Q), [.., j, i],
+    blocks i >= j only; own (B, chunks, G, Q): B_j . C_j.
     """
     role = tl.program_id(0) % 3
     g = tl.program_id(0) // 3
@@ -312,7 +312,7 @@ def _dx_kernel(
     dy = dy_ptr + b * S * H * P
     B = B_ptr + b * B_batch + g * B_group
     C = C_ptr + b * C_batch + g * C_group
-    dx = dx_ptr + b * S * H * P
+    dx = dx_ptr + b * dx_batch
     group = (item * (H // SHARE) + g).to(tl.int64)
     dCB = dCB_ptr + group * (4 * R * R)
     own = own_ptr + group * (2 * R)
@@ -320,194 +320,20 @@ def _dx_kernel(
     if role == 0:
         _dx_block(
             x, x_desc, dy, dy_desc, B, C, D_ptr, vectors_ptr, dstates_ptr, dstates_desc, dx, dCB, own, flows_ptr, idx,
-            row, item, chunk, g, S, H, x_token, x_head, B_token, C_token, True, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R,
-            SHARE, STAGES, TMA,
+            row, item, chunk, g, S, H, x_token, x_head, B_token, C_token, dx_token, True, HAS_IDX, P, N, BLOCK_P,
+            BLOCK_N, R, SHARE, STAGES, TMA,
         )  # fmt: skip
     elif role == 1:
         _dx_block(
             x, x_desc, dy, dy_desc, B, C, D_ptr, vectors_ptr, dstates_ptr, dstates_desc, dx, dCB, own, flows_ptr, idx,
-            row, item, chunk, g, S, H, x_token, x_head, B_token, C_token, False, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R,
-            SHARE, STAGES, TMA,
+            row, item, chunk, g, S, H, x_token, x_head, B_token, C_token, dx_token, False, HAS_IDX, P, N, BLOCK_P,
+            BLOCK_N, R, SHARE, STAGES, TMA,
         )  # fmt: skip
     else:
         _across_block(
             x, x_desc, dy, dy_desc, B, C, vectors_ptr, dCB, flows_ptr, idx, row, item, chunk, g, S, H, x_token, x_head,
             B_token, C_token, HAS_IDX, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES, TMA,
         )  # fmt: skip
-
-
-# --- dB and dC -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _dBC_block(
-    value_ptr,
-    value_token: tl.constexpr,
-    value_head,
-    own_ptr,
-    own_token: tl.constexpr,
-    other_ptr,
-    other_token: tl.constexpr,
-    vectors_ptr,
-    states_ptr,
-    dCB_ptr,
-    out_ptr,
-    flows_ptr,
-    item,
-    chunk,
-    g,
-    S,
-    H: tl.constexpr,
-    KEYS: tl.constexpr,
-    FIRST: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    R: tl.constexpr,
-    SHARE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """KEYS: dB_j = sum_i dCB_ji C_i + sum_h w_j x_j dS for one block of tokens j, and e_j.  Otherwise its mirror image
-    dC_i = sum_j dCB_ji B_j + sum_h u_i dy_i S for one block of tokens i, and r_i.
-
-    own: B for dB, C for dC; other: the other one; value and states: x and dS, or dy and S.
-    """
-    Q: tl.constexpr = 2 * R
-    half: tl.constexpr = 0 if FIRST else R
-    weight: tl.constexpr = TO_END if KEYS else FROM_START
-    flow: tl.constexpr = LEAVE if KEYS else ENTER
-    r = tl.arange(0, R)
-    p = tl.arange(0, BLOCK_P)
-    n = tl.arange(0, BLOCK_N)
-    begin = chunk * Q
-    start = begin + half
-    # dC reads dCB as [i, j]: the transposition is in the addresses.
-    at = r[:, None] * Q + r[None, :] if KEYS else r[:, None] + r[None, :] * Q
-    dCB = tl.load(dCB_ptr + (half * Q + half) + at)
-    other = load_rows(other_ptr, start, other_token, S, r, n, N)
-    out = tl.dot(dCB, other, input_precision="ieee")  # [R, R] @ [R, N]
-    if FIRST == KEYS:  # the block off the diagonal: j in the first half, i in the second
-        dCB = tl.load(dCB_ptr + R + at)
-        other = load_rows(other_ptr, begin + (R if KEYS else 0), other_token, S, r, n, N)
-        out = tl.dot(dCB, other, out, input_precision="ieee")
-    own = load_rows(own_ptr, start, own_token, S, r, n, N)
-    state_offset = p[:, None] * BLOCK_N + n[None, :]
-    for k in tl.range(0, SHARE, num_stages=STAGES):
-        h = g * SHARE + k
-        vector = (item * H + h).to(tl.int64)
-        scale = tl.load(vectors_ptr + vector * (KINDS * Q) + (weight * Q + half) + r)
-        value = load_rows(value_ptr + h * value_head, start, value_token, S, r, p, P)
-        state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
-        part = tl.dot(value, state, input_precision="ieee") * scale[:, None]  # [R, P] @ [P, N]
-        out += part
-        tl.store(flows_ptr + vector * (FLOWS * Q) + (flow * Q + half) + r, tl.sum(part * own.to(tl.float32), axis=1))
-    mask = (r < S - start)[:, None]
-    if N != BLOCK_N:
-        mask = mask & (n < N)[None, :]
-    groups = H // SHARE
-    tl.store(out_ptr + (start.to(tl.int64) * groups + g) * N + r[:, None] * (groups * N) + n[None, :], out, mask=mask)
-
-
-@triton.jit
-def _through_block(
-    keep_ptr,
-    states_ptr,
-    dstates_ptr,
-    through_ptr,
-    item,
-    g,
-    H: tl.constexpr,
-    SIZE: tl.constexpr,
-    SHARE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """keep <dS, S> of a chunk, for a group's heads.  The programs beside this one read the same states: L2 has them."""
-    e = tl.arange(0, SIZE)
-    for k in tl.range(0, SHARE, num_stages=STAGES):
-        vector = (item * H + g * SHARE + k).to(tl.int64)
-        state = tl.load(states_ptr + vector * SIZE + e).to(tl.float32)
-        dstate = tl.load(dstates_ptr + vector * SIZE + e).to(tl.float32)
-        tl.store(through_ptr + vector, tl.sum(state * dstate, axis=0) * tl.load(keep_ptr + vector))
-
-
-@triton.jit
-def _dBC_kernel(
-    x_ptr,
-    dy_ptr,
-    B_ptr,
-    C_ptr,
-    vectors_ptr,
-    keep_ptr,
-    states_ptr,
-    dstates_ptr,
-    dCB_ptr,
-    dB_ptr,
-    dC_ptr,
-    flows_ptr,
-    through_ptr,
-    S,
-    H: tl.constexpr,
-    n_chunks,
-    x_batch,
-    x_token: tl.constexpr,
-    x_head,
-    B_batch,
-    B_token: tl.constexpr,
-    B_group,
-    C_batch,
-    C_token: tl.constexpr,
-    C_group,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    R: tl.constexpr,
-    SHARE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One program: one group and dB or dC of R tokens, or keep <dS, S> of a chunk.  dB, dC (B, S, G, N) contiguous."""
-    role = tl.program_id(0) % 5
-    g = tl.program_id(0) // 5
-    item = tl.program_id(1)
-    row = item // n_chunks
-    chunk = item % n_chunks
-    groups = H // SHARE
-    b = row.to(tl.int64)
-    x = x_ptr + b * x_batch
-    dy = dy_ptr + b * S * H * P
-    B = B_ptr + b * B_batch + g * B_group
-    C = C_ptr + b * C_batch + g * C_group
-    dB = dB_ptr + b * S * groups * N
-    dC = dC_ptr + b * S * groups * N
-    dCB = dCB_ptr + (item * groups + g).to(tl.int64) * (4 * R * R)
-    if role == 0:
-        _dBC_block(
-            x, x_token, x_head, B, B_token, C, C_token, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g,
-            S, H, True, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
-        )  # fmt: skip
-    elif role == 1:
-        _dBC_block(
-            x, x_token, x_head, B, B_token, C, C_token, vectors_ptr, dstates_ptr, dCB, dB, flows_ptr, item, chunk, g,
-            S, H, True, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
-        )  # fmt: skip
-    elif role == 2:
-        _dBC_block(
-            dy, H * P, P, C, C_token, B, B_token, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g,
-            S, H, False, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
-        )  # fmt: skip
-    elif role == 3:
-        _dBC_block(
-            dy, H * P, P, C, C_token, B, B_token, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g,
-            S, H, False, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
-        )  # fmt: skip
-    else:
-        _through_block(
-            keep_ptr, states_ptr, dstates_ptr, through_ptr, item, g, H, BLOCK_P * BLOCK_N, SHARE, STAGES
-        )  # fmt: skip
-
-
-# --- launchers -------------------------------------------------------------------------------------------------------
 
 
 def _reads_by_descriptor(*tensors: Tensor) -> bool:
@@ -531,11 +357,16 @@ def dx_and_dCB(
     dstates: Tensor,
     seq_idx: Tensor | None,
     tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dCB (B, chunks, G, Q, Q) in x's dtype, own (B, chunks, G, Q), and the flows (LEAVE and ENTER unwritten)."""
+    dx: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes dx; returns dCB (B, chunks, G, Q, Q) in x's dtype, own (B, chunks, G, Q), and the flows (LEAVE and ENTER
+    unwritten).
+
+    dx: (B, S, H, P), rows and tokens anywhere, the heads of a token side by side.
+    """
     (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
+    assert dx.stride()[2:] == (P, 1)
     n_chunks = triton.cdiv(S, tiles.Q)
-    dx = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
     dCB = torch.empty(Bt, n_chunks, G, tiles.Q, tiles.Q, device=x.device, dtype=x.dtype)
     own = torch.empty(Bt, n_chunks, G, tiles.Q, device=x.device, dtype=torch.float32)
     flows = torch.empty(Bt, n_chunks, H, FLOWS.value, tiles.Q, device=x.device, dtype=torch.float32)
@@ -548,35 +379,8 @@ def dx_and_dCB(
         x, descriptors[0], dy, descriptors[1], B, C, D, steps.vectors, dstates, descriptors[2], dx, dCB, own, flows,
         x if seq_idx is None else seq_idx, S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
-        C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
-        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages, TMA=tma, num_warps=tiles.warps,
+        C.stride(2), dx.stride(0), dx.stride(1), 0 if seq_idx is None else seq_idx.stride(0),
+        HAS_IDX=seq_idx is not None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G,
+        STAGES=tiles.stages, TMA=tma, num_warps=tiles.warps,
     )  # fmt: skip
-    return dx, dCB, own, flows
-
-
-def dB_and_dC(
-    x: Tensor,
-    dy: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dCB: Tensor,
-    steps: Steps,
-    states: Tensor,
-    dstates: Tensor,
-    flows: Tensor,
-    tiles: Tiles,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dB, dC, and keep <dS, S> per chunk and head; writes LEAVE and ENTER of the flows."""
-    (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
-    n_chunks = triton.cdiv(S, tiles.Q)
-    dB = torch.empty(Bt, S, G, N, device=x.device, dtype=B.dtype)
-    dC = torch.empty(Bt, S, G, N, device=x.device, dtype=C.dtype)
-    through = torch.empty_like(steps.keep)
-    _dBC_kernel[(5 * G, Bt * n_chunks)](
-        x, dy, B, C, *steps, states, dstates, dCB, dB, dC, flows, through,
-        S, H, n_chunks,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
-        C.stride(2), P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G, STAGES=tiles.stages,
-        num_warps=tiles.warps,
-    )  # fmt: skip
-    return dB, dC, through
+    return dCB, own, flows

@@ -205,6 +205,8 @@ def _ddt_kernel(
     share,
     dt_batch,
     dt_token,
+    ddt_batch,
+    ddt_token,
     low,
     high,
     CLAMP: tl.constexpr,
@@ -213,7 +215,7 @@ def _ddt_kernel(
 ):
     """One program: a chunk, BLOCK_H heads.  q (module docstring), then the chain rule through clamp and softplus.
 
-    ddt (B, S, H) contiguous; parts (3, B chunks, H): this chunk's share of dA, dD and ddt_bias.
+    dt and ddt (B, S, H) strided; parts (3, B chunks, H): this chunk's share of dA, dD and ddt_bias.
     """
     Q: tl.constexpr = 2 * R
     item = tl.program_id(0)
@@ -244,7 +246,6 @@ def _ddt_kernel(
     group = (item * (H // share)).to(tl.int64) + h // share
     own = tl.load(own_ptr + group[:, None] * Q + q[None, :], mask=some, other=0.0)
     dstep = (rows + tl.where(first, across, 0.0) + leave) * inverse + own * skip + A[:, None] * flow
-    at = row.to(tl.int64) * S + chunk * Q
     p_dt = (
         dt_ptr + row.to(tl.int64) * dt_batch + (chunk.to(tl.int64) * Q) * dt_token + q[None, :] * dt_token + h[:, None]
     )
@@ -255,7 +256,8 @@ def _ddt_kernel(
         free = softplus(raw)
         slope = tl.where((free >= low) & (free <= high), slope, 0.0)
     ddt = tl.where(real, dstep * slope, 0.0)
-    tl.store(ddt_ptr + at * H + q[None, :] * H + h[:, None], ddt, mask=real)
+    ddt_ptr += row.to(tl.int64) * ddt_batch + (chunk.to(tl.int64) * Q) * ddt_token
+    tl.store(ddt_ptr + q[None, :] * ddt_token + h[:, None], ddt, mask=real)
     part = parts_ptr + item.to(tl.int64) * H + h
     size = tl.num_programs(0).to(tl.int64) * H
     tl.store(part, tl.sum(tl.where(real, step * flow, 0.0), axis=1), mask=heads)
@@ -273,16 +275,16 @@ def ddt_and_parameters(
     flows: Tensor,
     through: Tensor,
     tiles: Tiles,
-) -> tuple[Tensor, Tensor]:
-    """ddt (B, S, H) in dt's dtype, and dA, dD, ddt_bias as (3, H) in fp32."""
+    ddt: Tensor,
+) -> Tensor:
+    """Writes ddt, (B, S, H) with any strides but the last, 1; returns the gradients of A, D, dt_bias: (3, H) fp32."""
     Bt, S, H = dt.shape
     n_chunks = triton.cdiv(S, tiles.Q)
-    ddt = torch.empty(Bt, S, H, device=dt.device, dtype=dt.dtype)
     parts = torch.empty(3, Bt * n_chunks, H, device=dt.device, dtype=torch.float32)
     block = min(16, triton.next_power_of_2(H))
     _ddt_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
         dt, A, dt_bias, steps.vectors, own, flows, through, ddt, parts, S, H, n_chunks, H // own.shape[2],
-        dt.stride(0), dt.stride(1), *dt_limit, CLAMP=dt_limit != (0.0, torch.inf), R=tiles.R, BLOCK_H=block,
-        num_warps=4,
+        dt.stride(0), dt.stride(1), ddt.stride(0), ddt.stride(1), *dt_limit, CLAMP=dt_limit != (0.0, torch.inf),
+        R=tiles.R, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
-    return ddt, parts.sum(1)
+    return parts.sum(1)

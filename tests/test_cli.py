@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from nano3.cli import difference, parser, resolve, to_yaml
 from nano3.config import Config, ModelConfig, UserError
 from nano3.presets import PRESETS
+from nano3.train.loop import check_kernels
 from tests.train.small import SHRINK
 
 
@@ -73,6 +75,8 @@ def test_difference_from_the_preset() -> None:
         (["train.train_iters=5", "train.train_tokens=5"], ["train.train_iters", "train.train_tokens", "give one"]),
         (["scheduler.lr_decay_style=cosin"], ["'cosin'", "did you mean cosine?"]),
         (["train.recompute=[moo]"], ["'moo'", "did you mean moe?"]),
+        (["train.recompute=[mamba,conv]"], ["train.recompute", "drop conv"]),
+        (["train.recompute=[full]"], ["'full'", "mamba, moe"]),
         (["model.n_groups=7"], ["model.mamba_num_heads", "model.n_groups=7"]),
         (["model.moe_latent_size=64"], ["moe_latent_size", "latent experts"]),
         (["model.num_nextn_predict_layers=1"], ["num_nextn_predict_layers", "multi-token"]),
@@ -90,6 +94,21 @@ def test_mistakes_are_named(args: list[str], parts: list[str]) -> None:
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "args", "part"),
+    [
+        ("cpu", ["train.recompute=conv"], "train.recompute=conv needs a CUDA device"),
+        ("cuda", ["train.recompute=[moe,conv]", "model.kernels.ssd=torch"], "model.kernels.ssd=torch"),
+        ("cpu", ["model.kernels.ssd=triton"], "model.kernels.ssd=triton needs a CUDA device"),
+    ],
+)
+def test_kernels_that_cannot_run_are_named(device: str, args: list[str], part: str) -> None:
+    config = settings("--preset", "tiny", *args)
+    with pytest.raises(UserError) as caught:
+        check_kernels(config, torch.device(device))
+    assert part in str(caught.value)
 
 
 def test_broken_yaml_is_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
 from kernels.gated_norm import gated_rms_norm
+from kernels.mamba_mixer import Sizes, fits, mamba_mixer
 from kernels.ssd import ssd, ssd_step
 from nano3.config import ModelConfig
 from nano3.model.cache import MambaState, Rows
@@ -38,6 +39,9 @@ class Mamba(nn.Module):
         self.chunk, self.eps = c.chunk_size, c.layer_norm_epsilon
         self.dt_limit = (c.time_step_limit[0], c.time_step_limit[1])
         self.kernels = c.kernels
+        self.keep_conv = True  # for the backward pass; `Nano3` says otherwise
+        self.sizes = Sizes(self.H, self.P, self.G, self.N)
+        self.backends = (c.kernels.conv1d, c.kernels.ssd, c.kernels.gated_norm)
         self.in_proj = Linear(c.hidden_size, self.d_inner + self.conv_dim + self.H)  # z | x | B | C | dt
         self.conv1d = Conv(self.conv_dim, c.conv_kernel, c.use_conv_bias)
         self.A_log = nn.Parameter(torch.empty(self.H))
@@ -49,8 +53,10 @@ class Mamba(nn.Module):
     def forward(
         self, u: Tensor, rows: Rows, cache: MambaState | None, whole: bool
     ) -> Tensor:  # (B, S / tp, D) -> (B, S / tp, D)
-        u = enter(u, self.tp, whole)
-        z, xBC, dt = self.in_proj(u).split([self.d_inner, self.conv_dim, self.H], dim=-1)
+        projected = self.in_proj(enter(u, self.tp, whole))
+        if cache is None and fits(projected, self.sizes, self.backends):  # training on a GPU: the lines below, as one
+            return leave(self.out_proj(self._fused(projected, rows.seq_idx)), self.tp, whole)
+        z, xBC, dt = projected.split([self.d_inner, self.conv_dim, self.H], dim=-1)
         W = self.conv1d.weight.shape[-1]
         before = None if cache is None else cache.window[:, 1:]
         if cache is not None:
@@ -75,6 +81,11 @@ class Mamba(nn.Module):
         options = (self.dt_bias, self.dt_limit, self.kernels.ssd)
         y, cache.state = ssd_step(cache.state, x, dt, self._A(), B, C, self.D, *options)
         return leave(self._out(y, z), self.tp, whole=True)
+
+    def _fused(self, projected: Tensor, seq_idx: Tensor | None) -> Tensor:
+        conv, options = self.conv1d, (self.sizes, self.dt_limit, self.eps, seq_idx, self.keep_conv)
+        parameters = (self.A_log, self.D, self.dt_bias, self.norm.weight)
+        return mamba_mixer(projected, conv.weight.squeeze(1), conv.bias, *parameters, *options)
 
     def _A(self) -> Tensor:
         return -self.A_log.exp()

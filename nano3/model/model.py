@@ -59,7 +59,8 @@ class Output(NamedTuple):
 class Nano3(nn.Module):
     """The model, or one rank's share of it.
 
-    recompute: kinds of block whose activations are computed again in the backward pass instead of being kept.
+    recompute: kinds of block whose activations are computed again in the backward pass instead of being kept; "conv" is
+    the output of the Mamba blocks' convolutions alone.
     parts: the spans of layers that this rank holds, in order; None: all of them, in one span.  The span that starts at
     layer 0 brings the embedding, the one that ends at the last layer the final norm and the head.  Names are those of
     the whole model.
@@ -83,6 +84,9 @@ class Nano3(nn.Module):
             self.embeddings = Embedding(local_vocab, c.hidden_size, c.kernels.embedding)
         mine = [i for start, stop in self.parts for i in range(start, stop)]
         self.layers = nn.ModuleDict({str(i): Block(c, c.hybrid_override_pattern[i], mesh) for i in mine})
+        for block in self.layers.values():
+            if block.kind == "mamba":
+                block.mixer.keep_conv = "conv" not in recompute
         if self.has_end:
             self.norm_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
             self.lm_head = Linear(c.hidden_size, local_vocab)

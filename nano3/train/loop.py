@@ -305,9 +305,20 @@ class Trainer:
 
 
 def check_kernels(config: Config, device: torch.device) -> None:
-    """Raise UserError if a Triton kernel is asked for where none can run."""
-    for name, backend in vars(config.model.kernels).items():
-        if backend == "triton" and (device.type != "cuda" or triton is None) and not INTERPRET:
+    """Raise UserError if a Triton kernel is asked for, or needed, where none can run."""
+    able = INTERPRET or (device.type == "cuda" and triton is not None)
+    kernels = vars(config.model.kernels)
+    if "conv" in config.recompute:
+        if not able:
+            raise UserError("train.recompute=conv needs a CUDA device and the triton package; name mamba instead")
+        for name in ("conv1d", "ssd", "gated_norm"):
+            if kernels[name] == "torch":
+                raise UserError(
+                    f"train.recompute=conv needs the kernels, but model.kernels.{name}=torch; name mamba in "
+                    f"train.recompute instead, or use model.kernels.{name}=auto"
+                )
+    for name, backend in kernels.items():
+        if backend == "triton" and not able:
             raise UserError(
                 f"model.kernels.{name}=triton needs a CUDA device and the triton package; use model.kernels.{name}=auto"
             )

@@ -156,6 +156,8 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
 
     def whole(letter: str) -> float:
         base = activation_bytes(c, letter, config.dataset.seq_length, layout.tp, layout.ep, e, gpu)
+        if gpu and letter == "M" and "conv" in config.recompute:
+            base -= e * c.conv_dim / layout.tp
         return tokens * (base + adapter_bytes(config, letter, layout.tp, e, gpu))
 
     piece = tokens * e * c.hidden_size / layout.tp  # of the stream between two blocks

@@ -24,6 +24,8 @@ from kernels.embedding import embedding_gradient_
 from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import experts, grouped_mlp
 from kernels.grouped_gemm_configs import Config
+from kernels.mamba_mixer import Sizes as MixerSizes
+from kernels.mamba_mixer import mamba_mixer
 from kernels.permute import copy_rows, tiles_from_counts, zero_tail
 from kernels.relu2 import relu2
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -101,7 +103,7 @@ def norm(s: Sizes, dtype: torch.dtype) -> None:
     backward(*add_rms_norm(x, residual, weight, 1e-5))
 
 
-@case(nano=True)
+@case()
 def gated(s: Sizes, dtype: torch.dtype) -> None:
     z = cuda(s.T, s.PROJECTED, dtype=dtype)[:, : s.H * s.P]
     y, weight = cuda(s.T, s.H * s.P, dtype=dtype), cuda(s.H * s.P, dtype=dtype)
@@ -158,13 +160,11 @@ def norm_wide(s: Sizes, dtype: torch.dtype) -> None:
     gated(s._replace(G=1), dtype)
 
 
-@case(nano=True)
+@case()
 def conv(s: Sizes, dtype: torch.dtype) -> None:
     x = cuda(1, s.T, s.PROJECTED, dtype=dtype)[..., s.H * s.P : s.H * s.P + s.CONV]
     weight, bias = cuda(s.CONV, 4, dtype=dtype), cuda(s.CONV, dtype=dtype)
     backward(causal_conv1d(x, weight, bias))
-    with torch.no_grad():
-        causal_conv1d_step(x[:, 0], cuda(1, 4, s.CONV, dtype=dtype), weight, bias)
 
 
 @case()
@@ -186,13 +186,26 @@ def ssd_inputs(s: Sizes, dtype: torch.dtype) -> list[Tensor]:
 
 
 @case(nano=True)
-def ssd_plain(s: Sizes, dtype: torch.dtype) -> None:
-    inputs = ssd_inputs(s, dtype)
-    y, _ = ssd(*inputs, 128)
-    backward(y, None)
+def ssd_mixer(s: Sizes, dtype: torch.dtype) -> None:
+    """Convolution, SSD and gated norm as a Mamba-2 layer trains them."""
+    projected, conv_weight = cuda(1, s.T, s.PROJECTED, dtype=dtype), cuda(s.CONV, 4, dtype=dtype)
+    conv_bias, norm_weight = cuda(s.CONV, dtype=dtype), cuda(s.H * s.P, dtype=dtype)
+    heads, sizes = [cuda(s.H) for _ in range(3)], MixerSizes(s.H, s.P, s.G, s.N)
+    backward(mamba_mixer(projected, conv_weight, conv_bias, *heads, norm_weight, sizes, (0.0, torch.inf), 1e-5))
+
+
+@case(nano=True)
+def ssd_decoding(s: Sizes, dtype: torch.dtype) -> None:
     with torch.no_grad():
-        x, dt, A, B, C, skip, bias = inputs
+        window, weight, bias = cuda(1, 4, s.CONV, dtype=dtype), cuda(s.CONV, 4, dtype=dtype), cuda(s.CONV, dtype=dtype)
+        causal_conv1d_step(cuda(1, s.PROJECTED, dtype=dtype)[:, s.H * s.P : -s.H], window, weight, bias)
+        x, dt, A, B, C, skip, bias = ssd_inputs(s, dtype)
         ssd_step(cuda(1, s.H, s.P, s.N), x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], skip, bias)
+
+
+@case()
+def ssd_plain(s: Sizes, dtype: torch.dtype) -> None:
+    backward(ssd(*ssd_inputs(s, dtype), 128)[0], None)
 
 
 @case()

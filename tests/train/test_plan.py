@@ -257,6 +257,12 @@ def test_recompute_lowers_the_estimate() -> None:
     assert less.activations < kept.activations / 3
 
 
+def test_recompute_of_convolutions_frees_their_output() -> None:
+    kept, less = (memory(preset("nano-30b-a3b", f"train.recompute={r}"), 32, "cuda") for r in ("[moe]", "[moe,conv]"))
+    rank = 23 * 6144 // 4 * 2  # tp=4, bf16
+    assert kept.activations - less.activations == rank * preset("nano-30b-a3b").dataset.seq_length
+
+
 def test_a_model_too_large_is_refused_with_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "machine_memory", lambda device: 16 << 30)
     with pytest.raises(UserError) as caught:
