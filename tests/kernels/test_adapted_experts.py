@@ -1,9 +1,15 @@
 """Experts with LoRA: forward and every gradient against the dense float64 formula, in PyTorch and in the kernels."""
 
+import importlib
+from types import ModuleType
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import grouped_gemm
+from kernels._common import computing_again
 from kernels.adapted_experts import adapted_experts, adapted_experts_reference
 from kernels.grouped_gemm import experts
 from tests.kernels.conftest import CAN_RUN_TRITON, needs_triton, relative_error
@@ -12,6 +18,7 @@ from tests.kernels.test_grouped_gemm import FP32, choices
 if CAN_RUN_TRITON:
     from kernels import grouped_gemm_configs
 
+adapted_experts_module = importlib.import_module("kernels.adapted_experts")
 NAMES = ("y", "dx", "dweights", "dA", "dB", "dA'", "dB'")
 
 
@@ -94,6 +101,45 @@ def test_choices_that_are_computed_elsewhere(shared: bool, device: str) -> None:
     exact = run(truth, torch.float64, inputs)
     for name, got, expected in zip(NAMES, run(ours, torch.float32, inputs), exact, strict=True):
         assert relative_error(got, expected) < FP32, name
+
+
+@needs_triton
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "bare"])
+def test_what_is_computed_again_leaves_out_the_result_alone(adapted: bool, device: str) -> None:
+    x, weights, up, down, *adapters, dy = make(9, 24, 16, 4, 2, 3, False, device)
+    ids, leaves = choices(9, 2, 4, "all").to(device), [t.requires_grad_() for t in (x, weights, *adapters)]
+    leaves, pairs = (leaves, (adapters[:2], adapters[2:])) if adapted else (leaves[:2], (None, None))
+
+    def ours() -> Tensor:
+        return adapted_experts(x, weights, ids, None, up, down, *pairs, 0.7, "triton")
+
+    y = ours()
+    with computing_again(), mock.patch.object(module_of(adapted), "sum_rows", side_effect=AssertionError):
+        again = ours()
+    assert (again.shape, again.dtype) == (y.shape, y.dtype)
+    for a, b in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(again, leaves, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+def module_of(adapted: bool) -> ModuleType:
+    return adapted_experts_module if adapted else grouped_gemm
+
+
+@needs_triton
+def test_auto_takes_the_kernels_for_what_is_frozen(device: str) -> None:
+    x, weights, up, down, *adapters, _ = make(6, 16, 16, 2, 1, 3, False, device)
+    ids = choices(6, 1, 2, "all").to(device)
+    counts = torch.bincount(ids.flatten(), minlength=2)
+
+    def ours(up: Tensor, backend: str) -> Tensor:
+        return adapted_experts(x, weights, ids, counts, up, down, adapters[:2], adapters[2:], 1.0, backend)
+
+    with mock.patch.object(adapted_experts_module, "_AdaptedExperts") as kernels:
+        ours(up, "torch")
+        assert ours(up.clone().requires_grad_(), "auto").requires_grad
+        kernels.apply.assert_not_called()
+        ours(up, "auto")
+        kernels.apply.assert_called_once()
 
 
 @needs_triton
