@@ -1,4 +1,4 @@
-"""A frozen linear layer with LoRA: values and gradients of W + s B A, and what is left out when it is computed again."""
+"""A frozen linear layer with LoRA: values and gradients of W + s B A, and what is left out the second time."""
 
 import pytest
 import torch
