@@ -1,6 +1,7 @@
 """Experts with LoRA: forward and every gradient against the dense float64 formula, in PyTorch and in the kernels."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from unittest import mock
 
@@ -12,7 +13,7 @@ from kernels import grouped_gemm
 from kernels._common import computing_again
 from kernels.adapted_experts import adapted_experts, adapted_experts_reference
 from kernels.grouped_gemm import experts
-from tests.kernels.conftest import CAN_RUN_TRITON, needs_triton, relative_error
+from tests.kernels.conftest import CAN_RUN_TRITON, assert_as_accurate, needs_triton, relative_error
 from tests.kernels.test_grouped_gemm import FP32, choices
 
 if CAN_RUN_TRITON:
@@ -39,7 +40,9 @@ def make(T: int, D: int, F: int, E: int, K: int, r: int, shared: bool, device: s
 
 
 def run(f, dtype: torch.dtype, inputs: list[Tensor]) -> list[Tensor]:
-    x, weights, up, down, *adapters, dy = (t.to(dtype) for t in inputs)
+    """y and the gradients; routing weights stay fp32 where the rest is narrower."""
+    wide = torch.promote_types(dtype, torch.float32)
+    x, weights, up, down, *adapters, dy = (t.to(wide if i == 1 else dtype) for i, t in enumerate(inputs))
     leaves = [t.detach().requires_grad_() for t in (x, weights, *adapters)]
     y = f(leaves[0], leaves[1], up, down, leaves[2:4], leaves[4:])
     return [y, *torch.autograd.grad(y, leaves, dy)]
@@ -148,3 +151,37 @@ def test_the_kernels_refuse_experts_that_are_trained(device: str) -> None:
     ids = choices(6, 1, 2, "all").to(device)
     with pytest.raises(ValueError, match="frozen experts only"):
         adapted_experts(x, weights, ids, None, up.requires_grad_(), down, adapters[:2], adapters[2:], 1.0, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize(
+    ("T", "D", "F", "E", "K", "r", "kind", "shared"),
+    [
+        (1, 256, 192, 8, 6, 32, "all", False),
+        (300, 256, 192, 5, 1, 16, "one", False),
+        (1500, 512, 320, 16, 6, 64, "few", False),
+        (1500, 512, 320, 16, 6, 32, "all", True),
+        (2048, 2688, 1856, 16, 6, 32, "all", False),
+    ],
+)
+def test_in_bf16_on_the_gpu(T: int, D: int, F: int, E: int, K: int, r: int, kind: str, shared: bool) -> None:
+    """As near the truth as PyTorch's way is, twice the same, and the base to the bit while B is zero."""
+    inputs, ids = make(T, D, F, E, K, r, shared, "cuda"), choices(T, K, E, kind).cuda()
+    inputs = [t if i == 1 else t.bfloat16() for i, t in enumerate(inputs)]
+    counts = torch.bincount(ids.flatten(), minlength=E)
+
+    def way(backend: str) -> Callable[..., Tensor]:
+        return lambda x, weights, up, down, *pairs: adapted_experts(
+            x, weights, ids, counts, up, down, *pairs, 0.7, backend
+        )
+
+    got, again, eager = (run(way(backend), torch.bfloat16, inputs) for backend in ("auto", "auto", "torch"))
+    exact = run(way("torch"), torch.float64, inputs)
+    for name, ours, same, theirs, truth in zip(NAMES, got, again, eager, exact, strict=True):
+        assert torch.equal(ours, same), f"{name}: two runs differ"
+        assert_as_accurate(ours, theirs, truth, what=name)
+    inputs[5].zero_()
+    inputs[7].zero_()
+    base = experts(inputs[0], inputs[1], ids, counts, *inputs[2:4])
+    assert torch.equal(run(way("auto"), torch.bfloat16, inputs)[0], base)
