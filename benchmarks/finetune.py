@@ -51,15 +51,15 @@ class Variant(NamedTuple):
 LORA = ["peft.scheme=lora", "optimizer.moments=8bit", "optimizer.gradients=bf16"]
 # An attention block keeps 28 KiB a token, a mixture block 40, a Mamba block 59: of 6, 23 and 23 blocks.
 KEEP_ATTENTION = ["train.recompute=[moe,mamba]"]
-KEEP_MIXTURES = ["train.recompute=[mamba,attention]", "optimizer.masters=none"]  # 3.3 GiB of masters make the room
+KEEP_MIXTURES = ["train.recompute=[mamba,attention]"]
 VARIANTS = {  # all with NVIDIA's six targets, rank 32
     "six": Variant([*LORA, *KEEP_ATTENTION]),
     "six-recomputed": Variant([*LORA, "train.recompute=full"]),
-    "six-kept": Variant([*LORA, *KEEP_MIXTURES]),
+    "six-kept": Variant([*LORA, *KEEP_MIXTURES, "optimizer.masters=none"]),  # 3.3 GiB of masters make the room
     "torch": Variant([*LORA, *KEEP_ATTENTION, "model.kernels.experts=torch"]),
     "shared": Variant([*LORA, *KEEP_ATTENTION, "peft.experts=shared"]),
-    "none": Variant([*LORA, *KEEP_ATTENTION, "peft.experts=none"]),
-    "none-kept": Variant([*LORA, *KEEP_MIXTURES, "peft.experts=none"]),
+    "none": Variant([*LORA, *KEEP_MIXTURES, "peft.experts=none"]),
+    "none-recomputed": Variant([*LORA, *KEEP_ATTENTION, "peft.experts=none"]),
     "fp8": Variant([*LORA, "train.recompute=full", "peft.base_dtype=fp8"], (4096,)),
     "longest": Variant([*LORA, "train.recompute=full", "optimizer.masters=none"], (8192, 16384, 32768, 65536)),
 }
