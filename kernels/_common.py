@@ -1,5 +1,8 @@
 """What several operators share: the dtype of sums, and the choice between a Triton kernel and plain PyTorch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ except ImportError:  # no wheel for this platform: everything runs in PyTorch
 
 INTERPRET = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on CPU tensors
 _left_free = 0
+_again = False
 BACKENDS = ("auto", "triton", "torch")
 
 
@@ -31,6 +35,25 @@ def leave_free(sms: int) -> None:
 def free_sms(device: torch.device) -> int:
     """The multiprocessors that such a kernel may fill."""
     return max(1, torch.cuda.get_device_properties(device).multi_processor_count - _left_free)
+
+
+@contextmanager
+def computing_again() -> Iterator[None]:
+    """For the second forward pass of a block whose activations were not kept.
+
+    What the block adds to the stream is known from the first pass and read by nobody.  Operators that end a block may
+    ask `result_is_known` and leave their result undefined, as long as they keep for backward what they always keep.
+    """
+    global _again
+    before, _again = _again, True
+    try:
+        yield
+    finally:
+        _again = before
+
+
+def result_is_known() -> bool:
+    return _again
 
 
 def use_triton(x: Tensor, backend: str = "auto") -> bool:

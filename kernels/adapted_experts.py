@@ -6,16 +6,18 @@ Rows are in expert order as in `grouped_gemm.py`, so a thin product is a grouped
 expert, r columns.  An adapter that all experts share (A (r, in), B (out, r) without an expert axis) is two plain
 products; its A reads each token once, before the rows are gathered.
 
-In PyTorch gradients come from autograd, which computes none for a frozen weight: what remains of the backward pass of a
-frozen base are the two products with its matrices that carry dy to x.
+In PyTorch (model.kernels.experts=torch) gradients come from autograd, which computes none for a frozen weight: what
+remains of the backward pass of a frozen base are the two products with its matrices that carry dy to x.
 
-The kernels (model.kernels.experts=triton; not yet timed, so not the default) are those of the base: each of its four
-row products takes its thin summand into the accumulators, so the result is rounded where the base's is, equals it to
-the bit while B is zero, and nothing but x, hs and two tensors of r columns is kept.  With g and t for thin rows:
+The kernels are those of the base: each of its four row products takes its thin summand into the accumulators, so the
+result is rounded where the base's is, equals it to the bit while B is zero, and nothing but x, hs and two tensors of r
+columns is kept:
 
     forward    hs = w relu(x up^T + (s x A^T) B^T)^2           y  = hs down^T + (s hs A'^T) B'^T
     backward   dz = 2 w relu(z) (dy down + (s dy B') A')       dx = dz up + (s dz B) A
     gradients  dB = dz^T (s x A^T)   dA = (s dz B)^T x         dB' = dy^T (s hs A'^T)   dA' = (s dy B')^T hs
+
+A thin product, or an adapter's gradient, takes as long as reading its wide operand once.
 
 The frozen matrices may be FP8 codes with scales (`fp8.py`): each product then expands the one that it takes, for as
 long as it lasts.
@@ -29,14 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels._common import INTERPRET, triton, use_triton
+from kernels._common import INTERPRET, result_is_known, triton, use_triton
 from kernels.fp8 import dequantise, expanded
 from kernels.grouped_gemm import (
     _Combine,
     _find_rows,
     _Gather,
     _NoRows,
-    _on_triton,
     _readable,
     experts,
     sort_by_expert,
@@ -155,11 +156,13 @@ class _AdaptedExperts(torch.autograd.Function):
         )
         del x_rows
         thin2 = _thin(A2, True, scale, None, hs, [None, 0], order, place, tiles, configs["down"])
-        rows = down_rows(hs, expanded(down, down_scales, x.dtype), tiles, configs["down"], _low(thin2, B2, True))
         base = up, down, up_scales, down_scales
         ctx.save_for_backward(x, weights, weights_R, *base, A, B, A2, B2, order, place, hs, thin, thin2, *tiles[:3])
         ctx.block, ctx.configs, ctx.scale = tiles.block, configs, scale
-        return sum_rows(rows, place)
+        if result_is_known():
+            return torch.empty_like(x)
+        down = expanded(down, down_scales, x.dtype)
+        return sum_rows(down_rows(hs, down, tiles, configs["down"], _low(thin2, B2, True)), place)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,8 +177,8 @@ class _AdaptedExperts(torch.autograd.Function):
             if A2.ndim == 2:
                 dA2, dB2 = back2.T @ hs, dy.T @ sum_rows(thin2, place)
             else:
-                dA2 = _adapter_gradient(back2, hs, None, 0, tiles, configs["dup"]).mT
-                dB2 = _adapter_gradient(thin2, dy_rows, *where, tiles, configs["dup"])
+                dA2 = _adapter_gradient(back2, hs, None, 0, tiles, configs["dup"], False)
+                dB2 = _adapter_gradient(thin2, dy_rows, *where, tiles, configs["dup"], True)
         down = expanded(down, down_scales, x.dtype)
         dz, part = down_rows_backward(
             dy_rows, weights_R, hs, down, tiles, *where, configs["dH"], _low(back2, A2, False)
@@ -188,9 +191,9 @@ class _AdaptedExperts(torch.autograd.Function):
             if A.ndim == 2:
                 dA, dB = sum_rows(back, place).T @ x, dz.T @ thin
             else:
-                x_rows, *where = _find_rows(x, order, place, configs["dup"].copy)
-                dA = _adapter_gradient(back, x_rows, *where, tiles, configs["dup"]).mT
-                dB = _adapter_gradient(thin, dz, None, 0, tiles, configs["dup"])
+                # Gathered: a copy in expert order would be read once, and cost more than that.
+                dA = _adapter_gradient(back, x, order, place.shape[1], tiles, configs["dup"], False)
+                dB = _adapter_gradient(thin, dz, None, 0, tiles, configs["dup"], True)
         if need_x:
             up = expanded(up, up_scales, x.dtype)
             dx = sum_rows(up_rows_backward(dz, up, tiles, configs["dX"], _low(back, A, False)), place)
@@ -226,20 +229,24 @@ def _thin(
     if matrix is None:
         return None
     if matrix.ndim == 3:
-        return thin_rows(rows, matrix, is_nk, tiles, *where, config).mul_(scale)
-    matrix = matrix.T if is_nk else matrix
-    if tokens is None:
-        return (rows @ matrix).mul_(scale)
-    return (tokens @ matrix).mul_(scale).index_select(0, order // place.shape[1])
+        return thin_rows(rows, matrix, is_nk, tiles, *where, config, scale)
+    thin = (rows if tokens is None else tokens) @ (matrix.T if is_nk else matrix)
+    if scale != 1:
+        thin.mul_(scale)
+    return thin if tokens is None else thin.index_select(0, order // place.shape[1])
 
 
 def _adapter_gradient(
-    thin: Tensor, wide: Tensor, order: Tensor | None, top_k: int, tiles: "Tiles", config: "Config"
+    thin: Tensor, wide: Tensor, order: Tensor | None, top_k: int, tiles: "Tiles", config: "Config", left: bool
 ) -> Tensor:
-    """Per expert wide^T thin, (E, width, r): the tensor cores want the wide side first."""
+    """Per expert wide^T thin, (E, width, r), or if not `left` thin^T wide, (E, r, width)."""
     narrow = min(128, max(16, triton.next_power_of_2(thin.shape[1])))
-    c = config._replace(block_m=min(config.block_m, 128), block_n=narrow, extra_n=0, store=False, split=1, warps=4)
-    return weight_gradient(wide, thin, tiles, order, top_k, True, c)
+    if left:
+        block = {"block_m": min(config.block_m, 128), "block_n": narrow}
+    else:  # Hopper's tensor cores take 64 rows or more
+        block = {"block_m": max(narrow, 64), "block_n": min(config.block_n, 128)}
+    c = config._replace(**block, extra_n=0, store=False, split=1, warps=4, stages=min(config.stages, 4), per_sm=2)
+    return weight_gradient(wide, thin, tiles, order, top_k, left, c)
 
 
 def adapted_experts(
@@ -266,8 +273,9 @@ def adapted_experts(
     down_scales: both, if up and down are codes of `fp8.quantise` -> (T, D).
 
     Differentiable in x, weights and every matrix that requires a gradient.  Off a GPU it reads `counts` on the host.
-    backend: "triton" has no gradient for up and down, which must be frozen; "auto" is "torch", but for a base in FP8
-    without adapters, which runs on the kernels like one that is not.
+    backend: the kernels have no gradient for up and down; "triton" wants them frozen, "auto" is "torch" where they are
+    not, or where an adapter's dtype is not that of x.
+    Under `computing_again` the kernels leave the result undefined.
     Raises ValueError on an adapter that does not fit its weight, and as `experts` does.
     Source: LoRA, arXiv:2106.09685, eq. 3, for each expert.
     """
@@ -282,12 +290,14 @@ def adapted_experts(
         return _NoRows.apply(x, weights, *(() if coded else (up, down)), *adapters)
     if not x.is_cuda and (real := int((experts_TK < E).sum())) != R:
         raise ValueError(f"rows={rows}, but {real} of {experts_TK.numel()} ids are below {E}; pass rows={real}")
-    fused = backend == "triton" or (bare and backend == "auto")
-    if fused and (use_triton(x, backend) if coded else _on_triton(x, up, down, R, backend)):
-        if up.requires_grad or down.requires_grad:
-            raise ValueError("backend='triton' adapts frozen experts only; freeze up and down, or use backend='torch'")
+    pairs = [t for pair in (up_lora or (None, None), down_lora or (None, None)) for t in pair]
+    frozen = not (up.requires_grad or down.requires_grad)
+    if not frozen and backend == "triton":
+        raise ValueError("backend='triton' adapts frozen experts only; freeze up and down, or use backend='torch'")
+    one_dtype = all(t is None or t.dtype == x.dtype for t in (*pairs, *(() if coded else (up, down))))
+    if use_triton(x, backend) and frozen and one_dtype:
         x, weights, up, down = _readable(x), weights.contiguous(), up.contiguous(), down.contiguous()
-        pairs = [t for pair in (up_lora or (None, None), down_lora or (None, None)) for t in pair]
+        pairs = [t if t is None else t.contiguous() for t in pairs]
         plan = plan_rows(experts_TK, E, choose_configs(x, up, down)["up"].block_m, R)
         return _AdaptedExperts.apply(x, weights, up, down, up_scales, down_scales, *pairs, scale, *plan)
     order, place = sort_by_expert(experts_TK, R)

@@ -127,10 +127,12 @@ def _rows_kernel(
     EPILOGUE: tl.constexpr, PRECISION: tl.constexpr, FLATTEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, EXTRA_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
     RANK: tl.constexpr, RANK_PAD: tl.constexpr, LOW_IS_NK: tl.constexpr, SHARED: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile.  a (R or T, K), b (E, N, K) or (E, K, N), out hs (R, N), w, order (R,).
 
-    A tile is BLOCK_N + EXTRA_N wide; the extra columns have an accumulator of their own.
+    A tile is BLOCK_N + EXTRA_N wide; the extra columns have an accumulator of their own.  SCALE: factor of a product
+    that stands alone, without extra columns.
     part (tiles in N, R): what each column of tiles adds to g . hs; summed later, in a fixed order.
     """
     WIDTH: tl.constexpr = BLOCK_N + EXTRA_N
@@ -178,6 +180,8 @@ def _rows_kernel(
                     N, RANK, RANK_PAD, LOW_IS_NK, SHARED, PRECISION, BLOCK_M, EXTRA_N,
                 )  # fmt: skip
 
+        if SCALE != 1.0:
+            acc *= SCALE
         rows = row0 + tl.arange(0, BLOCK_M)  # computed anew rather than kept in registers across the loop
         live = rows < end
         w = tl.zeros([BLOCK_M], tl.float32)
@@ -235,6 +239,7 @@ def _multiply(
     w: Tensor | None = None,
     hs: Tensor | None = None,
     low: LowRank | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """out (R, N) and, for DRELU2, the parts of g . hs.  top_k: K where row r of the product is row order_r // K of a; 0
     where a has the R rows in place.
@@ -263,19 +268,31 @@ def _multiply(
         A_TMA=a_desc is not None, B_TMA=b_desc is not None, EPILOGUE=epilogue,
         PRECISION="ieee", FLATTEN=c.flatten, BLOCK_M=c.block_m, BLOCK_N=c.block_n, EXTRA_N=c.extra_n,
         BLOCK_K=c.block_k, SPLIT=c.split, RANK=rank, RANK_PAD=max(16, triton.next_power_of_2(rank)),
-        LOW_IS_NK=low is not None and low.is_nk, SHARED=matrix is not None and matrix.ndim == 2,
+        LOW_IS_NK=low is not None and low.is_nk, SHARED=matrix is not None and matrix.ndim == 2, SCALE=scale,
         num_warps=c.warps, num_stages=stages,
     )  # fmt: skip
     return out, part
 
 
 def thin_rows(
-    a: Tensor, matrices: Tensor, is_nk: bool, tiles: Tiles, order: Tensor | None, top_k: int, config: Config
+    a: Tensor,
+    matrices: Tensor,
+    is_nk: bool,
+    tiles: Tiles,
+    order: Tensor | None,
+    top_k: int,
+    config: Config,
+    scale: float,
 ) -> Tensor:
-    """(R, r): a (T, K), or with top_k = 0 (R, K), times matrices (E, r, K), or (E, K, r) if not `is_nk`."""
+    """(R, r): scale times a (T, K), or with top_k = 0 (R, K), times matrices (E, r, K), or (E, K, r) if not `is_nk`.
+
+    The time is that of reading a: two programs of a multiprocessor have more of it under way than one.
+    """
     rank = matrices.shape[1 if is_nk else 2]
-    narrow = config._replace(block_n=min(128, max(16, triton.next_power_of_2(rank))), extra_n=0, store=False, split=1)
-    return _multiply(narrow, a, matrices, is_nk, tiles, order, top_k, PLAIN)[0]
+    narrow = config._replace(
+        block_n=min(128, max(16, triton.next_power_of_2(rank))), extra_n=0, store=False, split=1, warps=4, per_sm=2
+    )
+    return _multiply(narrow, a, matrices, is_nk, tiles, order, top_k, PLAIN, scale=scale)[0]
 
 
 def up_rows(

@@ -18,11 +18,11 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import fp8
 from kernels.adapted_experts import adapted_experts
+from kernels.adapted_linear import adapted_linear
 from nano3.config import ModelConfig, PeftConfig, UserError
 from nano3.model.linear import Linear
 from nano3.model.moe import Experts
@@ -39,6 +39,7 @@ NVIDIA = {  # Megatron's name of a layer -> ours, which are Hugging Face's
     "linear_fc1": ("up_proj",),
     "linear_fc2": ("down_proj",),
 }
+LAST = ("out_proj", "o_proj", "down_proj")  # whose results a block adds to the stream
 PREFIXES = ("", "backbone.", "model.", "decoder.")  # what others put before layers.0
 
 
@@ -172,17 +173,15 @@ class Adapter(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """y = x W^T + s (x A^T) B^T."""
+    """y = x W^T + s (x A^T) B^T.  ends_block: y only joins the stream."""
 
-    def __init__(self, base: nn.Linear, adapter: Adapter, scale: float) -> None:
+    def __init__(self, base: nn.Linear, adapter: Adapter, scale: float, ends_block: bool) -> None:
         super().__init__(base.in_features, base.out_features, bias=False, device=base.weight.device)
-        self.lora, self.scale = adapter, scale
+        self.lora, self.scale, self.ends_block = adapter, scale, ends_block
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        rows = x.flatten(0, -2)
-        y = fp8.linear(rows, self.weight, scales_of(self.weight))
-        y.addmm_(F.linear(rows, self.lora.A), self.lora.B.T, alpha=self.scale)  # in place: nobody else has seen y
-        return y.unflatten(0, x.shape[:-1])
+        options = {"scales": scales_of(self.weight), "ends_block": self.ends_block}
+        return adapted_linear(x, self.weight, self.lora.A, self.lora.B, self.scale, **options)
 
 
 class AdaptedExperts(Experts):
@@ -225,7 +224,7 @@ def attach(model: nn.Module, peft: PeftConfig) -> None:
         if sites[0].routed:
             new = AdaptedExperts(base, made, sites[0].shared, peft.scale)
         else:
-            new = AdaptedLinear(base, made[leaf], peft.scale)
+            new = AdaptedLinear(base, made[leaf], peft.scale, leaf in LAST)
         setattr(model.get_submodule(parent), leaf, new)
     if peft.adapts and peft.base_dtype == "fp8":
         _replace_bare(model, peft)

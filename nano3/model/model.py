@@ -6,13 +6,15 @@ checkpoint's name is the path of an attribute here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels._common import computing_again
 from nano3.config import KINDS, ModelConfig, PeftConfig
 from nano3.model.attention import Attention
 from nano3.model.cache import LayerState, Rows, rows_of
@@ -49,6 +51,18 @@ class Block(nn.Module):
 
     def step(self, x: Tensor, cache: LayerState) -> Tensor:  # (B, D) -> (B, D)
         return x + self.mixer.step(self.norm(x), cache)
+
+
+def _passes() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Around a block's first forward pass, and around its second."""
+    first, again = remember()
+
+    @contextmanager
+    def second() -> Iterator[None]:
+        with again, computing_again():
+            yield
+
+    return first, second()
 
 
 class Output(NamedTuple):
@@ -116,7 +130,9 @@ class Nano3(nn.Module):
         for i in range(start, stop):
             block, state = self.layers[str(i)], None if cache is None else cache[i]
             if self.training and block.kind in self.recompute:
-                x, report = checkpoint(block, x, rows, state, whole, use_reentrant=False, context_fn=remember)
+                # Nothing in a block is random.
+                options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _passes}
+                x, report = checkpoint(block, x, rows, state, whole, **options)
             else:
                 x, report = block(x, rows, state, whole)
             if report is not None:

@@ -182,15 +182,16 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
 def adapter_bytes(config: Config, letter: str, tp: int, e: int, gpu: bool) -> float:
     """Bytes per token that the adapters of a block keep for its backward pass beside what the block keeps.
 
-    Each r numbers per row, between A and B.  Routed experts keep, besides, their gathered rows and, on a GPU, the
-    squares before and after the routing weight, of which the kernels without adapters keep one.
+    Each r numbers per row, between A and B.  Without the kernels, routed experts on a GPU keep, besides, their gathered
+    rows and the squares before and after the routing weight, of which the kernels keep one.
     """
     c, peft = config.model, config.peft
     layer = c.hybrid_override_pattern.find(letter)
     sites = [s for s in sites_of(c, peft) if s.module.startswith(f"layers.{layer}.")]
     K, routed = c.num_experts_per_tok / tp, [s for s in sites if s.routed]
     thin = peft.rank * (len(sites) - len(routed) + len(routed) * K)
-    rows = K * (c.hidden_size + 2 * c.moe_intermediate_size) if routed and gpu else 0.0
+    eager = routed and gpu and c.kernels.experts == "torch"
+    rows = K * (c.hidden_size + 2 * c.moe_intermediate_size) if eager else 0.0
     return e * (thin + rows)
 
 

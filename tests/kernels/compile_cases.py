@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import cross_entropy, fp8, grouped_gemm, grouped_gemm_configs
 from kernels.adamw import Moment, Place, Step, adamw
+from kernels.adapted_experts import adapted_experts
 from kernels.attention import attention
 from kernels.balance import balance_sums
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
@@ -248,6 +249,27 @@ def experts_plain(s: Sizes, dtype: torch.dtype, buffers: torch.dtype | None = No
     if buffers is not None:
         grads = {f"{n}_grad": cuda(*t.shape, dtype=buffers, grad=False) for n, t in (("up", up), ("down", down))}
     backward(experts(x, weights, ids, integers(s.E), up, down, **grads))
+
+
+@case(nano=True)
+def experts_adapted(s: Sizes, dtype: torch.dtype, lead: tuple[int, ...] | None = None, rank: int = 32) -> None:
+    """LoRA: an adapter for each frozen expert."""
+    lead = (s.E,) if lead is None else lead
+    x, weights, ids = cuda(s.T, s.D, dtype=dtype), cuda(s.T, s.K), integers(s.T, s.K)
+    up, down = cuda(s.E, s.F, s.D, dtype=dtype, grad=False), cuda(s.E, s.D, s.F, dtype=dtype, grad=False)
+    pairs = [
+        (cuda(*lead, rank, into, dtype=dtype), cuda(*lead, out, rank, dtype=dtype))
+        for out, into in (up.shape[1:], down.shape[1:])
+    ]
+    backward(adapted_experts(x, weights, ids, integers(s.E), up, down, *pairs, 0.5))
+
+
+@case()
+def experts_adapted_other(s: Sizes, dtype: torch.dtype) -> None:
+    """One adapter for all experts, and ranks of another width."""
+    experts_adapted(s, dtype, ())
+    for rank in (16, 64):
+        experts_adapted(s, dtype, rank=rank)
 
 
 @case(nano=True)

@@ -229,7 +229,7 @@ def test_activations_are_what_autograd_saves(
 
 def test_the_kernels_keep_what_the_plan_says(monkeypatch: pytest.MonkeyPatch, run_script) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    cases = [*(f"1--{letter}" for letter in KINDS), "4-parallel.tp=2-parallel.ep=4-E"]
+    cases = [*(f"1--{letter}" for letter in KINDS), "4-parallel.tp=2-parallel.ep=4-E", "1-peft.scheme=lora-E"]
     test = "tests/train/test_plan.py::test_activations_are_what_autograd_saves"
     done = run_script("-m", "pytest", "-q", *(f"{test}[{case}]" for case in cases))
     assert f"{len(cases)} passed" in done.stdout
