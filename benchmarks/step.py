@@ -68,10 +68,10 @@ def nano(args: argparse.Namespace) -> ModelConfig:
 class NoUpdate(Gradients):
     """Gradients are collected, and nothing is done with them."""
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, fine: torch.Tensor) -> torch.Tensor:
         self.reduced_gradients()
         self.last_micro_batch = False
-        return 0.0
+        return torch.zeros((), device=self.mesh.device)
 
 
 class Cut:
