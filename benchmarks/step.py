@@ -1,15 +1,23 @@
 """A training step at Nano's width on one GPU: what each kind of block costs, and what 52 layers would.
 
-    python -m benchmarks.step [--rows 1 2] [--recompute none moe] [--peer] [--profile FOLDER] [--out JSON]
+    python -m benchmarks.step [--rows 1 2 4] [--recompute none [moe]] [--peer] [--profile FOLDER] [--out JSON]
+    python -m benchmarks.step --lengths 2048 8192 32768
 
-Four cuts of the model are trained on random tokens, `ME*` and the same with one block more of a kind; a block's cost is
-a difference, and what `ME*` costs beyond its three blocks is embedding, head and loss.  A micro-batch is a forward and
-a backward pass with its gradients added to the sums in fp32; the first of a step, which stores them instead, is
-listed beside.  Tokens/s of the full depth = tokens / (23 M + 23 E + 6 * + ends).
+Cuts of the model are trained on random tokens: `ME*`, the same with one block more of a kind, and `MEMEM*EME`.  A GPU's
+clock drifts by more than a block costs, so all cuts are there at once and are measured in turns, a step of one
+micro-batch and one of several of each in every round, every other round backwards; a block's cost is the median over
+the rounds of a difference within the round, and its spread the distance between the quartiles.  What `ME*` costs beyond
+its three blocks is embedding, head and loss.
 
---peer: transformers' model of the cut `MEMEM*EME` in the same run, with grouped products, mamba-ssm's Triton kernels if
-$MAMBA_SSM names their folder, and our convolution (theirs has to be compiled), and ours of the same cut.
---profile: a Chrome trace of a micro-batch of each cut, and a table of its kernels.
+A micro-batch is a forward and a backward pass with its gradients added to the sums; the first of a step, which stores
+them instead and has the step's launches to itself, is listed beside.  `busy` is the time in which the GPU ran a kernel,
+by the profiler, in the same way.  Tokens/s of the full depth = tokens / (23 M + 23 E + 6 * + ends).  `MEMEM*EME`, which
+is in no sum, says whether such sums hold.
+
+--peer: transformers' model of `MEMEM*EME` right after, warmed up alike, with grouped products, mamba-ssm's Triton
+kernels if $MAMBA_SSM names their folder, and our convolution (theirs has to be compiled).
+--lengths: instead, the time of a token by the length of its sequence, the tokens of a micro-batch being as many.
+--profile: a Chrome trace of a micro-batch of each cut, and a table of the kernels of MEE*.
 """
 
 from __future__ import annotations
@@ -20,7 +28,7 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -29,7 +37,7 @@ from benchmarks.measure import environment, gpu_ms
 from nano3.cli import parser, resolve
 from nano3.config import NANO_PATTERN, Config, ModelConfig
 from nano3.data.loader import Batch
-from nano3.model.init import allocate, initialise
+from nano3.model.init import allocate, initialise, named_tensors
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import Mesh
 from nano3.train.checkpoint import build
@@ -40,45 +48,66 @@ from nano3.train.step import head_loss, training_step
 
 BASE = "ME*"
 CUTS = {"M": "MME*", "E": "MEE*", "*": "ME**"}
-PEER_CUT = "MEMEM*EME"
+WHOLE = "MEMEM*EME"  # the first nine layers
 NAMES = {"M": "Mamba-2", "E": "mixture", "*": "attention", "ends": "embedding, head, loss"}
+LAYERS = Counter(NANO_PATTERN) | {"ends": 1}
+
+
+def resolved(args: argparse.Namespace, *settings: str) -> Config:
+    """Nano's settings on one device, then these, then --set."""
+    base = ["--mode", "pretrain", "--preset", "nano-30b-a3b", "dataset=mock", f"train.device={args.device}"]
+    base += ["parallel.tp=1", "parallel.ep=1", "parallel.pp=1"]
+    return resolve(parser().parse_args([*base, *settings, *args.set]))[0]
 
 
 def nano(args: argparse.Namespace) -> ModelConfig:
     """The geometry at full depth."""
-    return resolve(parser().parse_args(["--mode", "pretrain", "--preset", "nano-30b-a3b", *args.set]))[0].model
+    return resolved(args).model
 
 
 class NoUpdate(Gradients):
     """Gradients are collected, and nothing is done with them."""
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, fine: torch.Tensor) -> torch.Tensor:
         self.reduced_gradients()
         self.last_micro_batch = False
-        return 0.0
+        return torch.zeros((), device=self.mesh.device)
 
 
 class Cut:
     """A model of a few layers on random tokens."""
 
-    def __init__(self, pattern: str, rows: int, recompute: str, args: argparse.Namespace, update: bool = False) -> None:
-        settings = ["--mode", "pretrain", "--preset", "nano-30b-a3b", "dataset=mock", f"train.device={args.device}"]
-        settings += [f"model.hybrid_override_pattern={pattern}", f"dataset.seq_length={args.seq_length}"]
-        settings += ["parallel.tp=1", "parallel.ep=1", "parallel.pp=1", f"train.recompute={recompute}", *args.set]
-        settings += [f"train.micro_batch_size={rows}", f"train.global_batch_size={rows}"]
-        self.config: Config = resolve(parser().parse_args(settings))[0]
+    def __init__(self, pattern: str, args: argparse.Namespace, update: bool = False) -> None:
+        self.pattern, self.args = pattern, args
         self.mesh = Mesh(device=torch.device(args.device))
+        self.load(1, args.seq_length, "none")
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        self.model: Nano3 = allocate(build(self.config.model, self.config.recompute), self.mesh.device, dtype)
+        self.model: Nano3 = allocate(build(self.config.model), self.mesh.device, dtype)
         initialise(self.model, self.config.model, 0, device=self.mesh.device)
-        g = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.config.model.vocab_size, (3, rows, args.seq_length + 1), generator=g)
-        self.batches = [Batch(i[:, :-1], i[:, 1:]) for i in ids]
         self.gradients = AdamW(self.model, self.config.optimizer) if update else NoUpdate(self.model)
 
-    def micro_batches(self, n: int) -> Callable[[], object]:
-        """n micro-batches of one step."""
-        return lambda: training_step(self.model, self.gradients, self.batches[:n], self.config, self.mesh, 0.0, False)
+    def load(self, rows: int, length: int, recompute: str) -> None:
+        """Micro-batches of so many rows of so many tokens from now on, recomputed as train.recompute says."""
+        settings = [f"model.hybrid_override_pattern={self.pattern}", f"dataset.seq_length={length}"]
+        settings += [f"train.micro_batch_size={rows}", f"train.global_batch_size={rows}"]
+        self.config = resolved(self.args, *settings, f"train.recompute={recompute}")
+        self.recompute = self.config.recompute
+        g = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.config.model.vocab_size, (self.args.micro_batches, rows, length + 1), generator=g)
+        self.batches = [Batch(i[:, :-1], i[:, 1:]) for i in ids]
+        if self.mesh.device.type == "cuda":
+            self.batches = [b.pin_memory() for b in self.batches]
+
+    def step(self, n: int) -> None:
+        """A step of n micro-batches."""
+        self.model.recompute = self.recompute
+        training_step(self.model, self.gradients, self.batches[:n], self.config, self.mesh, 0.0, False)
+
+    def one(self) -> None:
+        self.step(1)
+
+    def several(self) -> None:
+        self.step(len(self.batches))
 
     def kept(self) -> int:
         """Bytes that the forward pass keeps for the backward pass; the head's sums, which begin there, not counted."""
@@ -94,32 +123,68 @@ class Cut:
         self.gradients.reduced_gradients()  # nothing of this pass is to be left for the next step
         return after - before - sums
 
+    def release(self) -> None:
+        """Give the memory back.  The hooks on the parameters keep these alive, so they lose what they hold."""
+        optimizer = [t for kinds in self.gradients.state().values() for t in kinds.values()] if self._updates else []
+        for t in [*named_tensors(self.model).values(), *optimizer]:
+            t.untyped_storage().resize_(0)
+
+    @property
+    def _updates(self) -> bool:
+        return isinstance(self.gradients, AdamW)
+
 
 def wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def wall_ms(f: Callable[[], object], repetitions: int) -> float:
-    """Median wall time of f in ms, launches, gaps and one synchronisation included."""
-    for _ in range(2):
-        f()
-    times = []
-    for _ in range(repetitions):
-        wait()
-        start = time.perf_counter()
-        f()
-        wait()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+def free(cuts: Iterable[Cut] = ()) -> None:
+    for cut in cuts:
+        cut.release()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def profiled(f: Callable[[], object], path: Path | None) -> dict[str, object]:
-    """Kernels of one call: their number, their time, the time in which none ran, and the longest by name."""
+def timed(call: Callable[[], object]) -> float:
+    """Wall ms of one call, its launches and gaps and a synchronisation included."""
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def in_turns(calls: list[Callable[[], object]], warm_up: float, rounds: int) -> list[list[float]]:
+    """Wall ms of each call in each of the rounds, after so many seconds of the same that are not counted."""
+    end = time.monotonic() + warm_up
+    for call in calls:  # twice: what the first calls compile is not what they cost
+        call()
+        call()
+    while time.monotonic() < end:
+        for call in calls:
+            timed(call)
+    found: list[list[float]] = [[] for _ in calls]
+    for i in range(rounds):
+        order = range(len(calls)) if i % 2 == 0 else reversed(range(len(calls)))
+        for n in order:
+            found[n].append(timed(calls[n]))
+    return found
+
+
+def steady(one: list[float], several: list[float], n: int) -> list[float]:
+    """Round by round, what a micro-batch costs that is not the first of its step of n."""
+    return [(b - a) / (n - 1) for a, b in zip(one, several, strict=True)]
+
+
+def profiled(call: Callable[[], object], path: Path | None = None) -> dict[str, object]:
+    """Kernels of one call: their number, the time in which one ran and in which none did, and the longest by name."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
-        f()
+    activities = [ProfilerActivity.CUDA] if path is None else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as recorded:
+        call()
         wait()
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,113 +203,184 @@ def profiled(f: Callable[[], object], path: Path | None) -> dict[str, object]:
     return {"kernels": len(kernels), "busy_ms": busy / 1e3, "idle_ms": idle / 1e3, "top": top}
 
 
-def measure(pattern: str, rows: int, recompute: str, args: argparse.Namespace) -> dict[str, object]:
-    """Times and memory of one cut."""
-    cut = Cut(pattern, rows, recompute, args)
-    found: dict[str, object] = {"pattern": pattern, "rows": rows, "recompute": recompute}
-    first = wall_ms(cut.micro_batches(1), args.repetitions)
-    found["first_ms"] = first
-    found["ms"] = (wall_ms(cut.micro_batches(3), args.repetitions) - first) / 2
-    if args.device == "cuda":
-        folder = (
-            Path(args.profile) / f"{pattern.replace('*', 'A')}-{rows}-{recompute}.json.gz" if args.profile else None
-        )
-        found |= profiled(cut.micro_batches(1), folder)
-        found["kept_bytes"] = cut.kept()
+def measure(cuts: dict[str, Cut], rows: int, length: int, recompute: str, args: argparse.Namespace) -> dict[str, dict]:
+    """Times of every cut, round by round; on a GPU also kernels and memory."""
+    for cut in cuts.values():
+        cut.load(rows, length, recompute)
+    n = args.micro_batches
+    times = in_turns([f for c in cuts.values() for f in (c.one, c.several)], args.warm_up, args.rounds)
+    found = {}
+    for pattern, one, several in zip(cuts, times[::2], times[1::2], strict=True):
+        found[pattern] = {"first_ms": one, "ms": steady(one, several, n)}
+    for pattern, cut in cuts.items() if args.device == "cuda" else ():
+        one, several = profiled(cut.one), profiled(cut.several)
+        found[pattern] |= {key: one[key] for key in ("kernels", "idle_ms")}
+        found[pattern]["busy_ms"] = (several["busy_ms"] - one["busy_ms"]) / (n - 1)
+        found[pattern]["kept_bytes"] = cut.kept()
+        free()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        cut.micro_batches(1)()
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        cut.one()
+        found[pattern]["step_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        found[pattern]["reserved"] = torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated()
+        if args.profile:
+            name = f"{pattern.replace('*', 'A')}-{rows}x{length}-{recompute}.json.gz"
+            found[pattern]["top"] = profiled(cut.one, Path(args.profile) / name)["top"]
     return found
 
 
-def free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def differences(found: dict[str, dict], key: str) -> dict[str, list[float]]:
+    """What one block of each kind adds to a measured quantity, and what the ends are: by round, or one number."""
+
+    def numbers(pattern: str) -> list[float]:
+        value = found[pattern][key]
+        return value if isinstance(value, list) else [value]
+
+    base = numbers(BASE)
+    each = {x: [b - a for a, b in zip(base, numbers(pattern), strict=True)] for x, pattern in CUTS.items()}
+    ends = [b - sum(each[x][i] for x in BASE) for i, b in enumerate(base)]
+    return {**each, "ends": ends}
 
 
-def differences(cuts: dict[str, dict], key: str) -> dict[str, float]:
-    """What one block of each kind adds to a measured quantity, and what the ends are."""
-    base = float(cuts[BASE][key])
-    each = {letter: float(cuts[pattern][key]) - base for letter, pattern in CUTS.items()}
-    return {**each, "ends": base - sum(each[x] for x in BASE)}
+def median(by_kind: dict[str, list[float]]) -> dict[str, float]:
+    return {x: statistics.median(numbers) for x, numbers in by_kind.items()}
 
 
-def report(cuts: dict[str, dict], rows: int, recompute: str, peak: float, args: argparse.Namespace) -> dict:
+def spread(numbers: list[float]) -> float:
+    """The distance between the quartiles."""
+    if len(numbers) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(numbers, n=4, method="inclusive")
+    return high - low
+
+
+def report(found: dict[str, dict], rows: int, recompute: str, peak: float, args: argparse.Namespace) -> dict:
     """Print one table and the sum over all layers of Nano.  Returns the record."""
     tokens = rows * args.seq_length
     flops = training_flops(nano(args), args.seq_length)
-    layers = Counter(NANO_PATTERN) | {"ends": 1}
+    layers = Counter(nano(args).hybrid_override_pattern)
     per_block = {x: flops[x] / layers[x] * tokens for x in CUTS} | {"ends": flops["head"] * tokens}
-    ms, first = differences(cuts, "ms"), differences(cuts, "first_ms")
-    cuda = args.device == "cuda"
-    kept = differences(cuts, "kept_bytes") if cuda else dict.fromkeys(ms, 0.0)
-    launched = differences(cuts, "kernels") if cuda else dict.fromkeys(ms, 0.0)
-    print(f"\n{rows} x {args.seq_length} tokens, recompute {recompute}")
-    print(f"{'':24}{'ms':>8}{'first':>8}{'layers':>7}{'ms':>8}{'TFLOP':>7}{'% peak':>8}{'KiB/token':>10}{'kernels':>8}")
-    for x, n in layers.items():
+    rounds = differences(found, "ms")
+    ms, first = median(rounds), median(differences(found, "first_ms"))
+    nothing = dict.fromkeys(ms, 0.0)
+    busy, kept, launched = (
+        median(differences(found, key)) if key in found[BASE] else nothing
+        for key in ("busy_ms", "kept_bytes", "kernels")
+    )
+    print(f"\n{rows} x {args.seq_length} tokens, recompute {recompute}, {args.rounds} rounds")
+    print(f"{'':22}   ms spread  busy  first layers     ms TFLOP % peak KiB/token kernels")
+    for x, n in LAYERS.items():
         rate = per_block[x] / ms[x] / 1e9 / peak if peak else 0.0
         print(
-            f"{NAMES[x]:24}{ms[x]:8.2f}{first[x]:8.2f}{n:7}{n * ms[x]:8.1f}{per_block[x] / 1e12:7.2f}{rate:8.1%}"
-            f"{kept[x] / tokens / 1024:10.1f}{launched[x]:8.0f}"
+            f"{NAMES[x]:22}{ms[x]:5.2f}{spread(rounds[x]):7.2f}{busy[x]:6.2f}{first[x]:7.2f}{n:7}{n * ms[x]:7.1f}"
+            f"{per_block[x] / 1e12:6.2f}{rate:7.1%}{kept[x] / tokens / 1024:10.1f}{launched[x]:8.0f}"
         )
-    whole = {name: sum(n * d[x] for x, n in layers.items()) for name, d in (("ms", ms), ("first", first))}
-    total = sum(n * per_block[x] for x, n in layers.items())
+    sums = [sum(n * rounds[x][i] for x, n in LAYERS.items()) for i in range(args.rounds)]
+    whole = statistics.median(sums)
+    whole_first, whole_busy = (sum(n * d[x] for x, n in LAYERS.items()) for d in (first, busy))
+    rate = sum(n * per_block[x] for x, n in LAYERS.items()) / whole / 1e9
     record = {
         "rows": rows,
         "recompute": recompute,
         "block_ms": ms,
+        "block_spread_ms": {x: spread(numbers) for x, numbers in rounds.items()},
+        "block_busy_ms": busy,
         "block_first_ms": first,
-        "full_ms": whole["ms"],
-        "tokens_per_second": 1e3 * tokens / whole["ms"],
-        "first_tokens_per_second": 1e3 * tokens / whole["first"],
-        "tflops": total / whole["ms"] / 1e9,
-        "of_gemm_peak": total / whole["ms"] / 1e9 / peak if peak else 0.0,
-        "cuts": list(cuts.values()),
+        "full_ms": whole,
+        "full_spread_ms": spread(sums),
+        "full_busy_ms": whole_busy,
+        "tokens_per_second": 1e3 * tokens / whole,
+        "first_tokens_per_second": 1e3 * tokens / whole_first,
+        "tflops": rate,
+        "of_gemm_peak": rate / peak if peak else 0.0,
+        "cuts": found,
     }
     print(
-        f"52 layers: {whole['ms']:.1f} ms, {record['tokens_per_second']:,.0f} tokens/s "
-        f"({record['first_tokens_per_second']:,.0f} in a step of one micro-batch), {record['tflops']:.0f} TFLOP/s, "
-        f"{record['of_gemm_peak']:.1%} of the GEMM peak"
+        f"52 layers: {whole:.1f} ms (spread {spread(sums):.1f}, busy {whole_busy:.1f}), "
+        f"{record['tokens_per_second']:,.0f} tokens/s ({record['first_tokens_per_second']:,.0f} in a step of one "
+        f"micro-batch), {rate:.0f} TFLOP/s, {record['of_gemm_peak']:.1%} of the GEMM peak"
     )
-    for c in cuts.values() if cuda else ():
+    for pattern, c in found.items() if args.device == "cuda" else ():
         print(
-            f"  {c['pattern']:5} {c['first_ms']:.1f} ms: {c['kernels']} kernels, busy {c['busy_ms']:.1f} ms, "
-            f"idle {c['idle_ms']:.1f} ms; peak {c['peak_gib']:.1f} GiB, reserved {c['reserved_gib']:.1f}"
+            f"  {pattern:9} {statistics.median(c['first_ms']):6.1f} ms, then {statistics.median(c['ms']):6.1f}: "
+            f"{c['kernels']} kernels, busy {c['busy_ms']:.1f} ms, idle in the first {c['idle_ms']:.1f} ms; a step "
+            f"needs {c['step_gib']:.1f} GiB, reserved / allocated {c['reserved']:.2f}"
         )
+    if WHOLE in found:
+        record["check"] = check(found, rounds)
     return record
+
+
+def check(found: dict[str, dict], rounds: dict[str, list[float]]) -> dict[str, float]:
+    """Print and return the time of `MEMEM*EME` and the sum of its parts, of the same rounds."""
+    parts = Counter(WHOLE) | {"ends": 1}
+    sums = [sum(n * rounds[x][i] for x, n in parts.items()) for i in range(len(rounds["ends"]))]
+    measured, summed = statistics.median(found[WHOLE]["ms"]), statistics.median(sums)
+    print(f"{WHOLE} measured: {measured:.1f} ms; the sum of its parts: {summed:.1f} ms, {summed / measured - 1:+.1%}")
+    return {"measured_ms": measured, "summed_ms": summed}
+
+
+def by_length(cuts: dict[str, Cut], args: argparse.Namespace) -> list[dict]:
+    """The table of --lengths: microseconds of a token in all layers of each kind."""
+    tokens, table = max(args.lengths), []
+    for length in sorted(args.lengths):
+        found = measure(cuts, tokens // length, length, "none", args)
+        us = {x: LAYERS[x] * 1e3 / tokens * d for x, d in median(differences(found, "ms")).items()}
+        record = {"length": length, "rows": tokens // length, "us_per_token": us, "total": sum(us.values())}
+        record["without_attention"] = record["total"] - us["*"]
+        table.append(record)
+        free()
+    print(f"\nus per token of 52 layers, micro-batches of {tokens} tokens, {args.rounds} rounds")
+    print(f"{'length':>8}{'rows':>5}{'Mamba-2':>9}{'mixture':>9}{'attention':>11}{'ends':>7}{'total':>8}", end="")
+    print(f"{'less attention growth':>23}{'tokens/s':>10}")
+    for r in table:
+        us, first = r["us_per_token"], table[0]
+        rest = r["total"] - us["*"] + first["us_per_token"]["*"]
+        r["against_shortest"] = rest / first["total"] - 1
+        print(
+            f"{r['length']:8}{r['rows']:5}{us['M']:9.2f}{us['E']:9.2f}{us['*']:11.2f}{us['ends']:7.2f}"
+            f"{r['total']:8.2f}{rest:14.2f} ({r['against_shortest']:+6.1%}){1e6 / r['total']:10,.0f}"
+        )
+    return table
 
 
 def optimizer_ms(args: argparse.Namespace) -> dict[str, float]:
     """AdamW with fp32 masters on `ME*`, carried to Nano sharded over 8 ranks by the number of parameters."""
-    times = []
-    for update in (True, False):
-        cut = Cut(BASE, 1, "none", args, update)
-        times.append(wall_ms(cut.micro_batches(1), args.repetitions))
-        here = sum(p.numel() for p in cut.model.parameters())
-        del cut
-        free()
-    ms = times[0] - times[1]
-    whole = parameters(nano(args)).total
-    carried = ms * whole / 8 / here
+    cuts = [Cut(BASE, args, update) for update in (True, False)]
+    here = sum(p.numel() for p in cuts[0].model.parameters())
+    with_update, without = in_turns([c.one for c in cuts], args.warm_up / 2, args.rounds)
+    free(cuts)
+    ms = statistics.median(a - b for a, b in zip(with_update, without, strict=True))
+    carried = ms * parameters(nano(args)).total / 8 / here
     print(f"AdamW: {ms:.1f} ms for {here / 1e9:.2f} G parameters; {carried:.1f} ms for a rank of 8 that share Nano")
     return {"ms": ms, "parameters": here, "nano_over_8_ms": carried}
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rows", type=int, nargs="+", default=[1, 2], help="sequences of a micro-batch")
-    p.add_argument("--recompute", nargs="+", default=["none", "[moe]"], help="as train.recompute")
+    p.add_argument("--rows", type=int, nargs="+", default=[1], help="sequences of a micro-batch")
+    p.add_argument("--recompute", nargs="+", default=["none"], help="as train.recompute")
     p.add_argument("--seq-length", type=int, default=8192)
-    p.add_argument("--repetitions", type=int, default=5)
+    p.add_argument("--lengths", type=int, nargs="+", default=[], help="times by sequence length instead")
+    p.add_argument("--rounds", type=int, default=8)
+    p.add_argument("--micro-batches", type=int, default=4, help="of the longer step of a round")
+    p.add_argument("--warm-up", type=float, default=4.0, help="seconds of steps that are not counted")
     p.add_argument("--peer", action="store_true", help="transformers' model too")
     p.add_argument("--no-optimizer", action="store_true", help="leave AdamW out")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings as of train.py")
     p.add_argument("--profile", default="", metavar="FOLDER")
     p.add_argument("--device", default="cuda")
     p.add_argument("--out", default="", metavar="JSON")
+    return p
+
+
+def main() -> None:
+    p = options()
     args = p.parse_args()
+    if any(max(args.lengths) % n for n in args.lengths):
+        p.error(f"--lengths {args.lengths}: the longest has to be a multiple of each")
+    if args.micro_batches < 2 or args.rounds < 1:
+        p.error("--micro-batches has to be 2 or more, --rounds 1 or more")
     torch.backends.cuda.matmul.allow_tf32 = False
     records: list[dict] = []
     peak = 0.0
@@ -253,29 +389,40 @@ def main() -> None:
         peak = 2 * 8192**3 / gpu_ms(lambda: a @ b) / 1e9
         del a, b
         print(f"{environment()}, GEMM peak {peak:.0f} TFLOP/s (8192^3, bf16, random numbers)")
-    for rows in args.rows:
-        for recompute in args.recompute:
-            cuts = {}
-            for pattern in (BASE, *CUTS.values()):
-                cuts[pattern] = measure(pattern, rows, recompute, args)
-                free()
-            records.append(report(cuts, rows, recompute, peak, args))
-            for name, ms, n in cuts[CUTS["E"]].get("top", []) if args.profile else []:
-                print(f"  {ms:8.3f} ms {n:5} x  {name[:100]}")
-    if not args.no_optimizer:
+    cuts = {pattern: Cut(pattern, args) for pattern in (BASE, *CUTS.values())}
+    if args.lengths:
+        records += by_length(cuts, args)
+    else:
+        cuts[WHOLE] = Cut(WHOLE, args)
+        for rows in args.rows:
+            for recompute in args.recompute:
+                cuts = cuts or {pattern: Cut(pattern, args) for pattern in (BASE, *CUTS.values())}
+                found = measure(cuts, rows, args.seq_length, recompute, args)
+                records.append(report(found, rows, recompute, peak, args))
+                for name, ms, n in found[CUTS["E"]].get("top", []):
+                    print(f"  {ms:8.3f} ms {n:5} x  {name[:100]}")
+                if WHOLE in cuts:  # in the first table only: it is as large as all others together
+                    free([cuts.pop(WHOLE)])
+                    if args.peer:
+                        free(cuts.values())
+                        records.append(peer(records[0]["check"]["measured_ms"], args))
+                        cuts = {}
+    free(cuts.values())
+    if not args.no_optimizer and not args.lengths:
         records.append({"optimizer": optimizer_ms(args)})
-        free()
-    if args.peer:
-        from benchmarks.step_peer import peer_ms
-
-        ours = measure(PEER_CUT, 1, "none", args)
-        free()
-        theirs, how = peer_ms(PEER_CUT, args)
-        text = f"{theirs:.1f} ms, {theirs / float(ours['ms']):.2f} x" if theirs else "none"
-        print(f"\n{PEER_CUT}, 1 x {args.seq_length}: ours {ours['ms']:.1f} ms; transformers {text} ({how})")
-        records.append({"peer_cut": PEER_CUT, "ours": ours, "transformers_ms": theirs, "how": how})
     if args.out:
         Path(args.out).write_text(json.dumps([*records, environment() if args.device == "cuda" else {}], indent=1))
+
+
+def peer(ours: float, args: argparse.Namespace) -> dict[str, object]:
+    """transformers' model of the same cut beside ours, which took so many ms."""
+    from benchmarks.step_peer import peer_ms
+
+    theirs, how = peer_ms(WHOLE, args)
+    free()
+    text = f"{theirs:.1f} ms, {theirs / ours:.2f} x" if theirs else "none"
+    print(f"{WHOLE}, {args.rows[0]} x {args.seq_length}: ours {ours:.1f} ms; transformers {text} ({how})")
+    return {"peer_cut": WHOLE, "ours_ms": ours, "transformers_ms": theirs, "how": how}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import types
 
@@ -44,7 +45,7 @@ def offer_convolution() -> None:
 def peer_ms(pattern: str, args: argparse.Namespace) -> tuple[float | None, str]:
     """Milliseconds of forward and backward of one micro-batch, gradients added to those that are there; and how, or why
     not."""
-    from benchmarks.step import wall_ms
+    from benchmarks.step import in_turns, steady
     from nano3.cli import parser, resolve
     from nano3.hf import config_json
 
@@ -64,11 +65,14 @@ def peer_ms(pattern: str, args: argparse.Namespace) -> tuple[float | None, str]:
                 theirs, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
             )
         model.train()
-        ids = torch.randint(config.vocab_size, (1, args.seq_length), device=args.device)
+        ids = torch.randint(config.vocab_size, (args.rows[0], args.seq_length), device=args.device)
 
-        def micro_batch() -> None:
-            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        def step(n: int) -> None:
+            for _ in range(n):
+                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-        return wall_ms(micro_batch, args.repetitions), how
+        n = args.micro_batches
+        one, several = in_turns([lambda: step(1), lambda: step(n)], args.warm_up, args.rounds)
+        return statistics.median(steady(one, several, n)), how
     except Exception as error:  # a peer that fails is a result too
         return None, f"{how}: {type(error).__name__}: {str(error)[:300]}"

@@ -156,6 +156,8 @@ def adamw_reference(
     place: Place,
     block: int = WIDEST,
 ) -> None:
+    if clip.isnan():
+        return
     R, W = weight.shape
     rows = torch.arange(place.row, place.row + R, device=weight.device)[:, None]
     index = rows * place.width + place.column + torch.arange(W, device=weight.device)
@@ -209,7 +211,8 @@ def _adamw_kernel(
     at = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1], of the block
     row = (at // per_row).to(tl.int64)
     column = (at % per_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]  # [ROWS, BLOCK]
-    live = at < blocks
+    clip = tl.load(clip_ptr).to(tl.float32)
+    live = at < tl.where(clip == clip, blocks, 0)  # NaN: nothing is written
     mask = live & (column < W)
     here = row * W + column
 
@@ -219,7 +222,7 @@ def _adamw_kernel(
     more = _mixed(bits ^ 0x3C6EF372)
 
     w = tl.load(weight_ptr + here, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(gradient_ptr + here, mask=mask, other=0.0).to(tl.float32) * tl.load(clip_ptr).to(tl.float32)
+    g = tl.load(gradient_ptr + here, mask=mask, other=0.0).to(tl.float32) * clip
     m = tl.load(first_ptr + here, mask=mask, other=0).to(tl.float32)
     v = tl.load(second_ptr + here, mask=mask, other=0).to(tl.float32)
     if CODES:
@@ -274,8 +277,9 @@ def adamw(
 ) -> None:
     """Update weight (R, W), fp32, bf16 or float64, and both moments of the same form in place; all are contiguous.
 
-    gradient: (R, W), fp32 or bf16 (float64 for such weights), multiplied by clip, one number on the device.  keys: from
-    `keys_of`.  block: elements that share a scale, a power of two of at most 128; for other forms it means nothing.
+    gradient: (R, W), fp32 or bf16 (float64 for such weights), multiplied by clip, one number on the device; where that
+    is NaN nothing changes, so a step can be called off without asking the host.  keys: from `keys_of`.  block: elements
+    that share a scale, a power of two of at most 128; for other forms it means nothing.
     Raises ValueError on shapes, forms or strides that do not fit, and as `use_triton` does.
     """
     R, W = weight.shape

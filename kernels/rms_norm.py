@@ -1,10 +1,11 @@
-"""RMSNorm, alone and with the residual add in front of it fused in.
+"""RMSNorm, alone, with the residual add in front of it fused in, and with that of its gradient.
 
     y[t] = x[t] * rstd[t] * weight,     rstd[t] = 1 / sqrt(mean(x[t]^2) + eps)          (arXiv:1910.07467, eq. 4)
 
 The weight is applied in fp32, before the one rounding.  `add_rms_norm` first forms the new residual stream
 s = x + residual, rounded to x's dtype, and normalises that rounded s: the same numbers as an addition followed by
-`rms_norm`.
+`rms_norm`.  `fork_rms_norm` hands x on beside y, for the residual stream goes both ways: into the norm, and past it.
+The two gradients meet in the backward kernel instead of in an addition of their own, with the same numbers.
 
 Memory: the backward keeps x (or s) and computes rstd again, one multiply-add per element that is read anyway.  Traffic
 in elements: 2 T D forward and 3 T D backward; with the add 4 T D each way.  All are limited by bandwidth.
@@ -103,6 +104,7 @@ def _bwd_kernel(
         dweight += dy * n
         dx = (wdy - n * m) * rstd
         if ADD:
+            dx = dx.to(dx_ptr.dtype.element_ty).to(tl.float32)  # as an addition of two tensors would find it
             dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows * D + cols, dx, mask=mask)
     dweight = tl.sum(dweight, axis=0, keep_dims=True)  # [1, BLOCK]
@@ -165,6 +167,25 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, None if dx is None else dx.to(ctx.residual_dtype), dweight, None
 
 
+class _ForkRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        rows = as_rows(x)
+        ctx.save_for_backward(rows, weight)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)  # either output may go unused
+        return _forward(rows, None, weight, eps)[0].view(x.shape), x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if dy is None:
+            return dx, None, None
+        found, dweight = _backward(x, weight, as_rows(dy), None if dx is None else as_rows(dx), ctx.eps)
+        return found.view(dy.shape), dweight, None
+
+
 def _runs(x: Tensor, weight: Tensor, backend: str) -> bool:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; give (D,)")
@@ -180,6 +201,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     if not _runs(x, weight, backend):
         return rms_norm_reference(x, weight, eps)
     return _RMSNorm.apply(x, weight, eps)
+
+
+def fork_rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Returns y = rms_norm(x) and x, so that both gradients of x are added in one kernel.
+
+    All as for `rms_norm`; differentiable through both outputs.
+    """
+    if not _runs(x, weight, backend):
+        return rms_norm_reference(x, weight, eps), x
+    return _ForkRMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(

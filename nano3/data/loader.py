@@ -35,10 +35,12 @@ class Batch(NamedTuple):
         return self.real.sum(1)
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        """On a device; a GPU's copies go through pinned memory, so that nothing waits for them."""
+        here = self.pin_memory() if device.type == "cuda" else self
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in here))
 
     def pin_memory(self) -> Batch:
-        """Called by DataLoader: copies from such memory to a GPU need not be waited for."""
+        """Called by DataLoader too, where a process makes batches ahead of time.  What is pinned stays as it is."""
         return Batch(*(None if t is None else t.pin_memory() for t in self))
 
 

@@ -45,7 +45,8 @@ class Block(nn.Module):
         self.mixer = MIXERS[letter](c, mesh)
 
     def forward(self, x: Tensor, rows: Rows, cache: LayerState, whole: bool) -> tuple[Tensor, Balance | None]:
-        y = self.mixer(self.norm(x), rows, cache, whole)
+        u, x = self.norm.fork(x)
+        y = self.mixer(u, rows, cache, whole)
         y, balance = y if isinstance(y, tuple) else (y, None)
         return x + y, balance
 

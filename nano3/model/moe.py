@@ -101,16 +101,16 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Balance | None]:  # (B, S / tp, D) -> (B, S / tp, D)
         gathering = depart_enter(u, self.tp, whole)
         x = u.flatten(0, -2)
-        mine = (
-            slice(self.tp.rank, None, self.tp.size) if whole else slice(None)
-        )  # ranks that hold all tokens share them
-        routes = self.gate(x[mine])
+        divided = whole and self.tp.size > 1  # ranks that hold all tokens share them
+        mine = slice(self.tp.rank, None, self.tp.size)
+        part = x[mine] if divided else x  # not x[:], whose gradient is a copy into a tensor of zeros
+        routes = self.gate(part)
         counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
-        trip = Trip(x[mine], routes.weights_TK, routes.experts_TK, counts, self.ep, self.gate.backend)
+        trip = Trip(part, routes.weights_TK, routes.experts_TK, counts, self.ep, self.gate.backend)
         hidden = self.shared_experts.hidden(arrive(gathering))
         trip.depart_home(self.experts(*trip.arrive()))
         y = self.shared_experts.down_proj(hidden)
-        if whole and self.tp.size > 1:
+        if divided:
             place = torch.arange(len(x), device=x.device)[mine]
             routed = torch.zeros_like(x).index_copy(0, place, trip.arrive_home())
             return leave(y + routed.view_as(u), self.tp, whole), None

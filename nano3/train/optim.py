@@ -40,8 +40,12 @@ class AdamW(Gradients):
         return self.update.masters
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Sum the gradients, clip, update, start to gather.  Returns the norm before clipping (a host sync)."""
+    def step(self, lr: float, fine: Tensor | None = None) -> Tensor:
+        """Sum the gradients, clip, update, start to gather.  Returns the norm before clipping.
+
+        Nothing waits for the GPU.  Where the norm is not finite, or fine, a bool on the device, is False, weights,
+        masters and moments stay as they were.
+        """
         gradients = self.reduced_gradients()
         held = {n: g for n, g in gradients.items() if g.numel()}
         counted = [g for n, g in held.items() if self._counted(n)]
@@ -49,10 +53,11 @@ class AdamW(Gradients):
         if self.mesh.world > 1:
             norm = all_sum(norm.square().double(), self.mesh.all.group).sqrt().to(norm.dtype)
         clip = (self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0) if self.config.clip_grad > 0 else None
-        self.update.apply(held, clip, lr)
+        finite = norm.isfinite()
+        self.update.apply(held, clip, lr, finite if fine is None else finite & fine)
         self.publish()
         self.last_micro_batch = False
-        return norm.item()
+        return norm
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -3,6 +3,9 @@
 The loss of a step is the sum over all real tokens of the global batch divided by their number, so neither the loss nor
 the gradients depend on how the batch is cut into micro-batches or over ranks.  The pipeline's schedule decides the
 order (`nano3/parallel/pipeline_schedule.py`); with one stage it is plain accumulation.
+
+The host runs ahead of a GPU through the whole step, the update included, and reads one tensor at its end.  So whether a
+step was finite is decided on the device: one that was not changes nothing.
 """
 
 from __future__ import annotations
@@ -47,14 +50,15 @@ def training_step(
 ) -> StepReport:
     """One optimizer step over this rank's micro-batches of a global batch, which lie on the CPU.
 
-    Raises TrainingError before anything is updated if the loss is not finite, and after if the gradient norm is not.
+    Raises TrainingError if the loss or the gradient norm is not finite; weights, optimizer state and selection biases
+    are then what they were before.
     """
     model.train()
     c, device = config.model, mesh.device
     acc = torch.promote_types(model.dtype, torch.float32)
-    lengths = [b.lengths for b in batches]
-    here = torch.tensor([sum((b.labels != IGNORE).sum() for b in batches), sum(n.sum() for n in lengths)])
-    tokens, real = all_sum(here.to(device), mesh.dp.group).tolist()
+    lengths, counted = _counts(batches, device)
+    counted = all_sum(counted, mesh.dp.group)  # tokens with a loss, tokens that are not padding
+    per_token, per_real = (1 / counted.clamp_min(1).double()).to(acc)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, balance loss, ranks asked to stop
     sums[2] = float(stop)
     counts: dict[int, Tensor] = {}  # part -> (mixture layers, E)
@@ -65,12 +69,11 @@ def training_step(
         loss = None
         if model.is_end(part):
             labels = batch.labels.flatten()
-            weight = torch.full(labels.shape, 1 / max(1, tokens), dtype=acc, device=device)
-            loss, _ = head_loss(model, out.hidden, labels, weight, config)
+            loss, _ = head_loss(model, out.hidden, labels, per_token.repeat(labels.shape), config)
             if mesh.tp.rank == 0:  # every tp rank has the same
                 sums[0] += loss.detach()
         if out.balance:
-            share_B = lengths[micro].to(device, acc) / real  # so a token counts the same, however the rows are cut
+            share_B = lengths[micro].to(acc) * per_real  # so a token counts the same, however the rows are cut
             aux = torch.stack([(b.aux_B * share_B).sum() for b in out.balance]).sum()
             sums[1] += aux.detach()
             weighted = c.moe_aux_loss_coeff * aux
@@ -84,31 +87,46 @@ def training_step(
 
     ops = schedule(mesh.pp.rank, mesh.pp.size, len(model.parts), len(batches))
     run(ops, wire_for(model, batches[0]), forward, before_backward)
-    mean_loss, aux, stops = all_sum(sums, mesh.all.group).tolist()
+    sums = all_sum(sums, mesh.all.group)
+    fine = sums[0].isfinite()
+    norm = optimizer.step(lr, fine)
+    loads = _balance_experts(model, [counts[part] for part in sorted(counts)], mesh, fine & norm.isfinite())
+    numbers = torch.cat([sums, norm.double().view(1), counted.double(), loads]).tolist()  # the step's one wait
+    mean_loss, aux, stops, grad_norm, tokens, real, *loads = numbers
     if not math.isfinite(mean_loss):
         raise TrainingError(f"the loss is {mean_loss}")
-    loads = _balance_experts(model, [counts[part] for part in sorted(counts)], mesh)
-    grad_norm = optimizer.step(lr)
     if not math.isfinite(grad_norm):
         raise TrainingError(f"the gradient norm is {grad_norm}")
-    return StepReport(mean_loss, aux, grad_norm, tokens, real, loads, stops > 0)
+    return StepReport(mean_loss, aux, grad_norm, int(tokens), int(real), loads, stops > 0)
 
 
-def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh) -> list[float]:
-    """Move the selection biases by the whole step's counts, unless the routers are frozen.  Returns each layer's max
-    over mean load, on every rank."""
+def _counts(batches: list[Batch], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """What has to be known of the batches before the first of them, counted here and brought over in one copy: the
+    real tokens of each row of each, and (tokens with a loss, real tokens) of all."""
+    lengths = [b.lengths for b in batches]
+    mine = torch.stack([sum((b.labels != IGNORE).sum() for b in batches), sum(n.sum() for n in lengths)])
+    small = torch.cat([mine, *lengths])
+    small = small.pin_memory() if device.type == "cuda" else small
+    counted, *there = small.to(device, non_blocking=True).split([2, *(len(n) for n in lengths)])
+    return there, counted
+
+
+def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh, fine: Tensor) -> Tensor:
+    """Move the selection biases by the whole step's counts, unless it is not fine or the routers are frozen.  Returns
+    each layer's max over mean load, on every rank."""
     c = model.config
     at = {str(i): n for n, i in enumerate(i for i, x in enumerate(c.hybrid_override_pattern) if x == "E")}
-    if not at:
-        return []
     loads = torch.zeros(len(at), dtype=torch.float64, device=mesh.device)
+    if not at:
+        return loads
     if counts:
         total = all_sum(torch.cat(counts), mesh.block.group)
         for (layer, router), counts_E in zip(model.routers.items(), total, strict=True):
             if not model.peft.router_frozen:
-                update_selection_bias(router.e_score_correction_bias, counts_E, c.moe_router_bias_update_rate)
+                bias_E = router.e_score_correction_bias
+                update_selection_bias(bias_E, counts_E * fine, c.moe_router_bias_update_rate)  # equal counts: no move
             loads[at[layer]] = counts_E.amax() / counts_E.double().mean()
-    return all_sum(loads, mesh.pp.group).tolist()
+    return all_sum(loads, mesh.pp.group)
 
 
 def wire_for(model: Nano3, batch: Batch) -> Wire:

@@ -98,8 +98,11 @@ class Update(Protocol):
     masters: dict[str, Tensor]
     steps: int  # updates done
 
-    def apply(self, gradients: dict[str, Tensor], clip: Tensor | None, lr: float) -> None:
-        """One update from this rank's rows of the gradients, which it may change, times `clip`."""
+    def apply(self, gradients: dict[str, Tensor], clip: Tensor | None, lr: float, fine: Tensor) -> None:
+        """One update from this rank's rows of the gradients, which it may change, times `clip`.
+
+        fine: a bool on the device; where it is False, no weight, master or moment changes.
+        """
 
     def state(self) -> State:
         """What a resumed run needs besides the model."""
@@ -190,13 +193,14 @@ class Fused:
             fused=True,
         )
 
-    def apply(self, gradients: dict[str, Tensor], clip: Tensor | None, lr: float) -> None:
+    def apply(self, gradients: dict[str, Tensor], clip: Tensor | None, lr: float, fine: Tensor) -> None:
         if clip is not None and gradients:
             torch._foreach_mul_(list(gradients.values()), clip)
         for name, g in gradients.items():
             self.masters[name].grad = g
         for group in self.inner.param_groups:
             group["lr"] = lr
+        self.inner.found_inf = (~fine).float()  # as torch's loss scaling says it to this kernel: 1 changes nothing
         self.inner.step()
         for master in self.masters.values():
             master.grad = None
@@ -253,15 +257,16 @@ class Compact:
     def _form(self) -> str:
         return "wide" if self.config.moments == "fp32" else self.config.moments
 
-    def apply(self, gradients: dict[str, Tensor], clip: Tensor | None, lr: float) -> None:
+    def apply(self, gradients: dict[str, Tensor], clip: Tensor | None, lr: float, fine: Tensor) -> None:
         c, self.steps = self.config, self.steps + 1
+        factor = torch.ones((), device=fine.device) if clip is None else clip
+        factor = factor.where(fine, torch.nan)
         for name, g in gradients.items():
             t, keys = self.tensors[name], keys_of(self.seed, name, self.steps)
             if name not in self.moments:
                 self.moments[name] = _new(t, self._form())
             decay = c.weight_decay if decays(t.parameter) else 0.0
             step = Step(lr, c.adam_beta1, c.adam_beta2, c.adam_eps, decay, self.steps)
-            factor = torch.ones((), device=g.device) if clip is None else clip
             block = block_of(t.parameter.shape, t.split) or min(WIDEST, 1 << (g.shape[-1] - 1).bit_length())
             first = 0
             for piece in t.pieces:

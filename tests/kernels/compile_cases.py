@@ -29,7 +29,7 @@ from kernels.mamba_mixer import Sizes as MixerSizes
 from kernels.mamba_mixer import mamba_mixer
 from kernels.permute import copy_rows, tiles_from_counts, zero_tail
 from kernels.relu2 import relu2
-from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rms_norm import add_rms_norm, fork_rms_norm, rms_norm
 from kernels.routing import expert_counts, route
 from kernels.ssd import ssd, ssd_step
 from tests.kernels.compile_driver import ARCHITECTURES, DTYPES, Job
@@ -102,6 +102,7 @@ def norm(s: Sizes, dtype: torch.dtype) -> None:
     backward(rms_norm(x, weight, 1e-5))
     residual = cuda(s.T, s.D, dtype=dtype)
     backward(*add_rms_norm(x, residual, weight, 1e-5))
+    backward(*fork_rms_norm(x, weight, 1e-5))
 
 
 @case()

@@ -92,6 +92,16 @@ def test_a_second_moment_is_0_only_where_it_is(device: str) -> None:
     assert kept[1].data[0, :3].tolist() == [255, 1, 0]
 
 
+def test_a_clip_of_nan_calls_the_update_off(device: str) -> None:
+    for form in FORMS:
+        kept = moments(3, 32, 16, form, device)
+        weight, gradient = torch.ones(3, 32, device=device).bfloat16(), torch.full((3, 32), torch.inf, device=device)
+        held = [weight, *(t for m in kept for t in m if t is not None)]
+        before = [t.clone() for t in held]
+        adamw(weight, gradient, *kept, torch.tensor(torch.nan, device=device), STEP, (1, 2), Place(32), 16)
+        assert all(map(torch.equal, held, before)), form
+
+
 def test_what_is_not_finite_stays_so(device: str) -> None:
     """A broken gradient must not be hidden by a code or a rounding."""
     for form in FORMS:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels.rms_norm
 from kernels._bandwidth import Launch
-from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, fork_rms_norm, rms_norm, rms_norm_reference
 from tests.kernels.conftest import assert_as_accurate, relative_error
 
 # fp32: an element goes through about ten roundings of 6e-8 and a sum of up to a few thousand terms, whose error the
@@ -80,6 +80,27 @@ def test_add_rms_norm_with_one_output_unused(used: int, device: str, poisoned_em
         gradients(add_rms_norm, torch.float32), gradients(add_rms_norm_reference, torch.float64), strict=True
     ):
         assert (ours is None and truth is None) or relative_error(ours, truth) < FP32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both", "norm", "stream"])
+def test_a_fork_is_the_norm_and_an_addition_to_the_bit(
+    used: tuple[int, ...], dtype: torch.dtype, device: str, poisoned_empty: None
+) -> None:
+    x = torch.randn(2, 5, 72, device=device).transpose(0, 1).to(dtype)
+    weight = (torch.rand(72, device=device) + 0.5).to(dtype)
+    grads = [torch.randn(5, 2, 72, device=device).to(dtype) for _ in range(2)]
+
+    def gradients(f: Callable) -> list[Tensor | None]:
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        outputs = f(*leaves, EPS)
+        assert torch.equal(outputs[1], x)
+        chosen = [outputs[i] for i in used], leaves, [grads[i] for i in used]
+        return [outputs[0], *torch.autograd.grad(*chosen, allow_unused=True)]
+
+    apart = gradients(lambda x, weight, eps: (rms_norm(x, weight, eps), x.view_as(x)))
+    for a, b in zip(gradients(fork_rms_norm), apart, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
 
 
 def test_leading_dimensions_and_expanded_gradients(device: str) -> None:

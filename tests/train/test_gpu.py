@@ -1,6 +1,7 @@
 """The same run on the GPU: kernels on, against the CPU in fp32."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,25 @@ def test_resume_on_the_gpu_is_bitwise(tmp_path: Path) -> None:
     losses = [[json.loads(line)["loss"] for line in log if '"train"' in line] for log in logs]
     assert len(losses[1]) == 10
     assert losses[0][10:] == losses[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [[], ["optimizer.moments=8bit", "optimizer.gradients=bf16"]], ids=["fp32", "8bit"])
+def test_the_host_waits_once_a_step(settings: list[str]) -> None:
+    """PyTorch reports what it waits for: only the one read at the end, of a step of two micro-batches."""
+    t = trainer_on("cuda", "bf16", "train.global_batch_size=8", "train.micro_batch_size=4", *settings)
+    t.first = 0
+    t._step()  # compiles
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            t._step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [f"{w.filename}:{w.lineno} {w.message}" for w in seen if "synchronizing" in str(w.message)]
+    assert len(waits) == 1, waits
+    assert "step.py" in waits[0]
 
 
 @pytest.mark.gpu

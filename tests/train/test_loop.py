@@ -33,7 +33,7 @@ def batches(t, first=0):
 
 def gradients_of_a_step(t, rows) -> dict[str, torch.Tensor]:
     kept = {}
-    t.optimizer.step = lambda lr: (kept.update(t.optimizer.reduced_gradients()), 0.0)[1]
+    t.optimizer.step = lambda lr, fine: (kept.update(t.optimizer.reduced_gradients()), torch.zeros(()))[1]
     training_step(t.model, t.optimizer, rows, t.config, ALONE, 0.0, False)
     return kept
 
@@ -241,6 +241,31 @@ def test_divergence_later_ends_the_run_and_names_the_checkpoint(tmp_path: Path) 
     t._step = step
     with pytest.raises(TrainingError, match=r"step 4.*iter_0000002"):
         t.run()
+
+
+COMPACT = ["train.precision=bf16", "optimizer.moments=8bit", "optimizer.masters=none", "optimizer.gradients=bf16"]
+
+
+@pytest.mark.parametrize(
+    "settings", [[], COMPACT, [*COMPACT, "optimizer.clip_grad=0"]], ids=["fp32", "8bit", "no clip"]
+)
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_step_that_is_not_finite_changes_nothing(what: str, settings: list[str]) -> None:
+    t = trainer("model.moe_router_bias_update_rate=0.25", *settings)
+    t.first = 0
+    t._step()
+    if what == "loss":
+        with torch.no_grad():
+            t.model.layers["3"].mixer.up_proj.weight[0, 0] = math.inf
+    else:
+        t.model.norm_f.weight.register_hook(lambda g: g * math.inf)
+    state = t.optimizer.state().items()
+    held = named_tensors(t.model) | {f"{name}.{kind}": x for name, kinds in state for kind, x in kinds.items()}
+    before = {n: x.detach().clone() for n, x in held.items()}
+    with pytest.raises(TrainingError, match=f"the {what} is"):
+        training_step(t.model, t.optimizer, batches(t), t.config, ALONE, 1e-2, False)
+    for n, x in held.items():
+        assert torch.equal(x, before[n]), n
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])

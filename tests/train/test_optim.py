@@ -45,7 +45,7 @@ def test_steps_equal_torchs_adamw_with_clipping() -> None:
         for g in theirs.param_groups:
             g["lr"] = lr
         theirs.step()
-        assert ours.step(lr) == pytest.approx(norm, rel=1e-6)
+        assert ours.step(lr).item() == pytest.approx(norm, rel=1e-6)
         assert (norm > 0.5) == (step == 3)
         for n, p in model.named_parameters():
             assert torch.allclose(p, twin[n], rtol=1e-5, atol=1e-7), n
@@ -88,7 +88,7 @@ def test_gradients_in_bf16_are_summed_in_it_and_their_norm_is_not() -> None:
     (p.float().sum() * 2.0**-10).backward()  # vanishes beside 1
     for q in model.parameters():
         q.grad = None
-    assert optimizer.step(1e-3) == pytest.approx(p.numel() ** 0.5, rel=1e-6)
+    assert optimizer.step(1e-3).item() == pytest.approx(p.numel() ** 0.5, rel=1e-6)
 
 
 def test_without_masters_small_updates_arrive_on_average() -> None:
