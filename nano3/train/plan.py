@@ -222,11 +222,8 @@ def stage_table(config: Config, layout: Layout, found: list[Share], held: list[M
         if config.peft.adapts:
             held_here.setdefault("adapters", 0)
         numbers = [*held_here.values(), sum(held_here.values())]
-        row = (
-            f"{share.stage:<8}"
-            + "".join(f"{x / 1e6:{wide},.{1 if config.peft.adapts else 2}f}" for x in numbers)
-            + "  |"
-        )
+        digits = 1 if config.peft.adapts or max(numbers) >= 1e10 else 2
+        row = f"{share.stage:<8}" + "".join(f"{x / 1e6:{wide},.{digits}f}" for x in numbers) + "  |"
         lines.append(row + "".join(f"{x / one:8.2f}" for x in [*vars(m).values(), m.total]))
     return lines
 

@@ -36,10 +36,10 @@ class Collected(Gradients):
         self.from_autograd.add(name)
         super()._accumulate(name, gradient)
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, fine: Tensor) -> Tensor:
         self.found = {n: g.clone() for n, g in self.reduced_gradients().items()}
         self.last_micro_batch = False
-        return 0.0
+        return torch.zeros(())
 
 
 class Autograd:
@@ -50,11 +50,11 @@ class Autograd:
     def __init__(self, model: Nano3) -> None:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, fine: Tensor) -> Tensor:
         self.found = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in self.parameters.items()}
         for p in self.parameters.values():
             p.grad = None
-        return 0.0
+        return torch.zeros(())
 
 
 def model_of(config: Config, dtype: torch.dtype, mesh: Mesh = ALONE) -> Nano3:
