@@ -14,7 +14,7 @@ MAY = {  # the first prefix that fits a file says what it may import of ours
     "nano3/config.py": (),
     "nano3/presets.py": (),
     "nano3/cli.py": ("nano3.config", "nano3.presets"),
-    "nano3/parallel/": ("nano3.config", "nano3.parallel"),
+    "nano3/parallel/": ("nano3.config", "nano3.parallel", "kernels"),
     "nano3/data/": ("nano3.config", "nano3.data"),
     "nano3/model/": ("nano3.config", "nano3.model", "nano3.parallel", "kernels"),
     "nano3/train/": ("nano3", "kernels"),
