@@ -127,7 +127,7 @@ def _silu_row(x, d, w, bias, W: tl.constexpr, SEQ: tl.constexpr):
 
 @jit(do_not_specialize=["S", "steps"])
 def _fwd_kernel(
-    x_ptr, weight_ptr, bias_ptr, seq_ptr, initial_ptr, y_ptr, S, C, steps, x_batch, x_row,
+    x_ptr, weight_ptr, bias_ptr, seq_ptr, initial_ptr, y_ptr, S, C, steps, x_batch, x_row: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, SEQ: tl.constexpr, INITIAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -234,7 +234,7 @@ def _row_dx(g, d, w, W: tl.constexpr, SEQ: tl.constexpr):
 @jit(do_not_specialize=["S", "steps"])
 def _bwd_kernel(
     x_ptr, weight_ptr, bias_ptr, seq_ptr, initial_ptr, dy_ptr, dx_ptr, dinitial_ptr, partial_ptr,
-    S, C, steps, x_batch, x_row, dy_batch, dy_row, dx_batch, dx_row,
+    S, C, steps, x_batch, x_row: tl.constexpr, dy_batch, dy_row, dx_batch, dx_row: tl.constexpr,
     W: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, SEQ: tl.constexpr, INITIAL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip

@@ -39,7 +39,7 @@ def gated_rms_norm_reference(y: Tensor, z: Tensor, weight: Tensor, groups: int, 
 # num_programs * ROWS is a multiple of G, a row of the tile sees one group all the way: its weights stay in registers.
 @jit(do_not_specialize=["T"])  # steps = 1 is compiled by itself, without the loop
 def _fwd_kernel(
-    y_ptr, z_ptr, weight_ptr, out_ptr, T, steps, y_stride, z_stride, eps,
+    y_ptr, z_ptr, weight_ptr, out_ptr, T, steps, y_stride, z_stride: tl.constexpr, eps,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y, z (T, d) with token strides; out (T, d) contiguous; weight (d,)."""
@@ -85,7 +85,7 @@ def forward(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Te
 @jit(do_not_specialize=["T", "steps"])
 def _bwd_kernel(
     y_ptr, z_ptr, weight_ptr, dout_ptr, dy_ptr, dz_ptr, dweight_ptr,
-    T, steps, y_stride, z_stride, dout_stride, dz_stride, eps,
+    T, steps, y_stride, z_stride: tl.constexpr, dout_stride, dz_stride: tl.constexpr, eps,
     G: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y, z, dout, dz (T, d) with token strides; dy (T, d) contiguous; weight (d,).
