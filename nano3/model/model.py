@@ -6,8 +6,8 @@ checkpoint's name is the path of an attribute here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from nano3.model.mamba import Mamba
 from nano3.model.moe import MLP, Balance, MoE
 from nano3.model.norm import RMSNorm
 from nano3.parallel.collectives import all_stack
+from nano3.parallel.expert import remember
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.parallel.tensor import leave
 
@@ -53,7 +54,14 @@ class Block(nn.Module):
 
 def _passes() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Around a block's first forward pass, and around its second."""
-    return nullcontext(), computing_again()
+    first, second = remember()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with second, computing_again():
+            yield
+
+    return first, again()
 
 
 class Output(NamedTuple):

@@ -104,7 +104,7 @@ class MoE(nn.Module):
         )  # ranks that hold all tokens share them
         routes = self.gate(x[mine])
         counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
-        trip = Trip(x[mine], routes.weights_TK, routes.experts_TK, counts, self.ep)
+        trip = Trip(x[mine], routes.weights_TK, routes.experts_TK, counts, self.ep, self.gate.backend)
         hidden = self.shared_experts.hidden(arrive(gathering))
         trip.depart_home(self.experts(*trip.arrive()))
         y = self.shared_experts.down_proj(hidden)
