@@ -262,9 +262,11 @@ def validate(config: Config) -> None:
         ("gradients", ["fp32", "bf16"]),
     ):
         _one_of(f"optimizer.{key}", getattr(config.optimizer, key), forms)
-    kinds = ["none", "full", *KINDS.values()]
-    for kind in [t.recompute] if isinstance(t.recompute, str) else t.recompute or []:
-        _one_of("train.recompute", kind, kinds)
+    if isinstance(t.recompute, str):
+        _one_of("train.recompute", t.recompute, ["none", "full", "auto", *KINDS.values()])
+    else:
+        for kind in t.recompute or []:
+            _one_of("train.recompute", kind, [*KINDS.values()])
     if v.eval_iters == 0 and v.eval_interval and v.sample_prompt is not None:
         raise UserError("validation.sample_prompt is set, but validation.eval_iters=0 never evaluates; drop one")
     if (config.logger.wandb_entity or config.logger.wandb_exp_name) and not config.logger.wandb_project:

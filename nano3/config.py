@@ -255,7 +255,9 @@ class TrainConfig:
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
     micro_batch_size: int | None = 1  # sequences a rank computes at once; None: its whole share (1 in a pipeline)
     precision: str = "auto"  # bf16 (fp32 masters), fp32, or auto: bf16 on a GPU, fp32 on a CPU
-    recompute: Any = "none"  # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]
+    # none, full, kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]; or auto: the cheapest of
+    # these that lets a step fit
+    recompute: Any = "none"
     loss_chunk_tokens: int = 2048  # logits exist for this many tokens at a time
     device: str = "auto"  # cuda, cpu, or auto
     exit_duration_in_mins: float | None = None  # save and end after this much time
@@ -483,11 +485,16 @@ class Config:
 
     @property
     def recompute(self) -> frozenset[str]:
-        """Kinds of block whose activations are recomputed in the backward pass."""
+        """Kinds of block whose activations are recomputed in the backward pass.
+
+        All for auto, as long as `nano3.train.recompute` has not put kinds in its place: a run that fits so will fit.
+        """
         asked = self.train.recompute
         if asked in ("none", None, []):
             return frozenset()
-        return frozenset(KINDS.values()) if asked == "full" else frozenset([asked] if isinstance(asked, str) else asked)
+        if asked in ("full", "auto"):
+            return frozenset(KINDS.values())
+        return frozenset([asked] if isinstance(asked, str) else asked)
 
 
 def _multiple(name: str, value: int, of: str, divisor: int) -> None:
