@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("a", metavar="A")
     c.add_argument("b", metavar="B")
     c.add_argument("--workers", type=int, metavar="N")
+    c.add_argument("--rounded", action="store_true", help="B is an export: where narrower, A's numbers rounded once")
     c.add_argument("--max-report", type=int, default=10, metavar="N", help="differences to print (default: 10)")
     c = command("inspect", "Say what a folder holds; status 1 if tensors are missing or unexpected.")
     c.add_argument("path", metavar="PATH")
@@ -133,7 +134,7 @@ def verify(args: argparse.Namespace) -> int:
     for letter, source in (("A", a), ("B", b)):
         print(f"{letter}  {source.folder}: {source.about}")
     with bar(False) as meter:
-        found = verify(a, b, workers_of(args.workers), meter)
+        found = verify(a, b, workers_of(args.workers), meter, args.rounded)
     for line in found.differences[: args.max_report]:
         print(line)
     if (rest := len(found.differences) - args.max_report) > 0:

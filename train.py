@@ -33,6 +33,9 @@ def main() -> int:
         for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
     args = parser().parse_args()
+    # GPU memory in segments that grow: tensors whose sizes change from step to step (rows that come from other ranks,
+    # packed rows) then neither split it into pieces too small for the next, nor make a step wait for cudaMalloc.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         config, name = resolve(args)
         import torch  # after the command line is known to be sound: it takes seconds

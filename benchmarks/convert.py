@@ -37,13 +37,13 @@ from nano3.hf_files import INDEX, Target, write_safetensors
 ROOT = Path(__file__).parent.parent
 
 
-def make(folder: Path, c: ModelConfig, shard: int) -> int:
-    """A released folder of random bits.  Returns its bytes."""
+def make(folder: Path, c: ModelConfig, shard: int, pools: dict[str, memoryview] | None = None) -> int:
+    """A released folder of random bits, or of bytes from a pool for each dtype.  Returns its bytes."""
     folder.mkdir(parents=True)
-    pool = memoryview(np.random.default_rng(0).bytes(64 << 20))
+    bits = memoryview(np.random.default_rng(0).bytes(64 << 20))
 
-    def data(seed: int, count: int) -> Iterator[memoryview]:
-        at = seed * 7919 % (32 << 20)
+    def data(pool: memoryview, seed: int, count: int) -> Iterator[memoryview]:
+        at = 4 * seed * 7919 % (len(pool) // 2)
         while count:
             n = min(count, len(pool) - at)
             yield pool[at : at + n]
@@ -54,7 +54,8 @@ def make(folder: Path, c: ModelConfig, shard: int) -> int:
         dtype = "F32" if name.rsplit(".", 1)[-1] in FP32 else "BF16"
         for e in range(shape[0]) if is_experts(name) else [None]:
             t = Target(released_name(name, e), dtype, shape if e is None else shape[1:], list)
-            targets.append(t._replace(data=partial(data, len(targets), t.bytes)))
+            pool = pools[dtype] if pools else bits
+            targets.append(t._replace(data=partial(data, pool, len(targets), t.bytes)))
     groups = in_files(targets, lambda t: t.bytes, shard)
     index = {}
     for i, group in enumerate(groups, 1):

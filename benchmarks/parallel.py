@@ -4,16 +4,20 @@
 
 Starts one torchrun per layout.  `nano-cut` is Nano at full width and fewer layers (--pattern).  Every layout trains on
 the same random tokens, --rows of them to a data-parallel rank; one GPU alone trains on the same global batch, and
-scaling is tokens/s per GPU against it.  The last column is the largest relative difference of any step's loss from that
-of one GPU; its yardstick is the first line, one GPU with the other attention kernel: the same formula, rounded
-differently.
+scaling is tokens/s per GPU against it.  "worst loss" is the largest relative difference of any step's loss from that of
+one GPU; its yardstick is the first line, one GPU with the other attention kernel: the same formula, rounded
+differently.  On GPUs one more step is profiled: "messages" is the time in which a message was under way, "exposed" the
+part of it in which nothing else ran (a step begins with the last one's gathering done, so that part is not in it).
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
+import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -93,11 +97,37 @@ def trace(step: Callable[[], object], args: argparse.Namespace, rank: int) -> No
     recorded.export_chrome_trace(str(folder / name))
 
 
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def message_ms(step: Callable[[], object], profile: bool) -> dict[str, float]:
+    """Profile one step of this rank: the time in which messages were under way, and in which only they were."""
+    if not profile:  # a rank that only takes part
+        step()
+        return {}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
+        step()
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for e in recorded.events():
+        if e.device_type == torch.autograd.DeviceType.CUDA:
+            spans["nccl" in e.name.lower()].append((e.time_range.start, e.time_range.end))
+    messages, rest = covered(spans[True]), covered(spans[False])
+    return {"messages_ms": messages / 1e3, "exposed_ms": (covered(spans[True] + spans[False]) - rest) / 1e3}
+
+
 def worker(args: argparse.Namespace) -> None:
     """One rank of one layout: trains, times, and leaves a record."""
     world, rank, local = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("RANK", 0), ("LOCAL_RANK", 0)))
     sent: dict[str, int] = {}
     count_bytes(sent)
+    faulthandler.dump_traceback_later(args.patience, exit=True)  # two ranks that wait for each other say where
     config = config_of(args, args.worker)
     mesh = create_mesh(config, world, rank, local)
     cuda = mesh.device.type == "cuda"
@@ -109,16 +139,17 @@ def worker(args: argparse.Namespace) -> None:
     optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
     optimizer.communication_sms = config.parallel.communication_sms
     data = [rows(config, mesh, step) for step in range(args.steps)]
-    losses, begin = [], 0.0
-    for step, batches in enumerate(data):
-        if step == WARM_UP:
-            wait(optimizer)
-            begin = time.perf_counter()
+    losses, ends = [], []
+    for batches in data:
         before = dict(sent)
         # No wait between steps: the gathering of the parameters runs on into the next forward pass, as in training.
         losses.append(training_step(model, optimizer, batches, config, mesh, 1e-4, False).loss)
+        ends.append(time.perf_counter())
     wait(optimizer)
-    step_s = (time.perf_counter() - begin) / (args.steps - WARM_UP)
+    ends.append(time.perf_counter())
+    times = [b - a for a, b in zip(ends[WARM_UP - 1 :], ends[WARM_UP:], strict=False)]
+    times[-2:] = [times[-2] + times[-1]]  # what was still under way belongs to the last step
+    step_s = statistics.median(times)
     record = {
         "model": args.model,
         "layout": args.worker or "alone",
@@ -126,11 +157,15 @@ def worker(args: argparse.Namespace) -> None:
         "tokens_per_second": config.tokens_per_step / step_s,
         "per_gpu": config.tokens_per_step / step_s / world,
         "step_ms": step_s * 1e3,
+        "steps_ms": [1e3 * t for t in times],
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
         "sent_mib": {k: (v - before.get(k, 0)) / 2**20 for k, v in sent.items() if v > before.get(k, 0)},
         "losses": losses,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
     }
+    if cuda and world > 1:
+        record |= message_ms(lambda: training_step(model, optimizer, data[-1], config, mesh, 1e-4, False), rank == 0)
+        wait(optimizer)
     if args.trace:
         trace(lambda: training_step(model, optimizer, data[-1], config, mesh, 1e-4, False), args, rank)
     if rank == 0:
@@ -147,7 +182,7 @@ def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch:
         record = Path(folder) / "record.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += ["-m", "benchmarks.parallel", "--worker", layout, "--model", model, "--record", str(record)]
-        for name in ("pattern", "seq_length", "steps", "device"):
+        for name in ("pattern", "seq_length", "steps", "device", "patience"):
             command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         command += ["--set", *args.set, *extra]
         if args.trace:
@@ -155,7 +190,7 @@ def launch(args: argparse.Namespace, model: str, layout: str, ranks: int, batch:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run([*command, "--batch", str(batch)], capture_output=True, text=True, check=False, env=env)
         if not record.exists():
-            print(f"{model} {layout or 'alone'}: failed\n{done.stderr[-3000:]}", flush=True)
+            print(f"{model} {layout or 'alone'}: failed\n{done.stderr[-8000:]}", flush=True)
             return None
         return json.loads(record.read_text())
 
@@ -170,6 +205,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=1, help="sequences a data-parallel rank trains on per step")
     p.add_argument("--steps", type=int, default=8)
     p.add_argument("--device", default="cuda")
+    p.add_argument("--patience", type=int, default=120, help="seconds that a layout may take")
     p.add_argument("--no-yardstick", dest="yardstick", action="store_false", help="leave out the other kernel")
     p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for every run, as of train.py")
     p.add_argument("--trace", default="", metavar="FOLDER", help="write a Chrome trace of each run's last step there")
@@ -183,7 +219,7 @@ def main() -> None:
         worker(args)
     records = []
     head = f"{'layout':12} {'ranks':>5} {'batch':>5} {'tokens/s':>10} {'per GPU':>9} {'scaling':>8} {'GiB':>6}"
-    print(f"{'model':9} {head}  worst loss, MiB handed to collectives per step", flush=True)
+    print(f"{'model':9} {head}  worst loss, ms of messages (exposed), MiB handed to collectives per step", flush=True)
     kernel = "triton" if args.device == "cuda" else "torch"  # auto is PyTorch's for unpacked rows on a GPU
     for model in args.model:
         alone: dict[int, dict | None] = {}
@@ -206,11 +242,12 @@ def main() -> None:
             found["scaling"] = found["per_gpu"] / base["per_gpu"]
             found["worst_loss"] = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], base["losses"], strict=True))
             records.append(found)
+            ms = f"{found['messages_ms']:.1f} ({found['exposed_ms']:.1f})" if "messages_ms" in found else "-"
             sent = " ".join(f"{k} {v:,.1f}" for k, v in found["sent_mib"].items())
             print(
                 f"{model:9} {found['layout']:12} {ranks:5} {batch:5} {found['tokens_per_second']:10,.0f} "
                 f"{found['per_gpu']:9,.0f} {found['scaling']:8.1%} {found['memory_gib']:6.1f}  "
-                f"{found['worst_loss']:.1e}  {sent}",
+                f"{found['worst_loss']:.1e}  {ms}  {sent}",
                 flush=True,
             )
         records += [r for r in alone.values() if r]

@@ -118,7 +118,7 @@ def _finish(
     return dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _rows_kernel(
     a_ptr, a_desc, b_ptr, b_desc, extra_desc, out_ptr, out_desc, order_ptr, w_ptr, hs_ptr, hs_desc, part_ptr,
     thin_ptr, low_ptr, offsets_ptr, start_ptr, tile_expert_ptr, R, a_stride,
@@ -202,7 +202,7 @@ def _rows_kernel(
             tl.store(part_ptr + (n0 // WIDTH).to(tl.int64) * R + rows, dot, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "R"])
 def _weight_grad_kernel(
     part_ptr, w_ptr, place_ptr, end_ptr, dw_ptr, choices, R, PARTS, HAS_PLACE: tl.constexpr, BLOCK: tl.constexpr
 ):

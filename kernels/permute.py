@@ -11,7 +11,8 @@ the tiles of expert e are tile_start[e] .. tile_start[e + 1].  Nothing here is r
 A choice whose id is E is absent: some other rank computes it.  It gets the place -1 and no row.
 
 Suffixes: T tokens, K chosen, R rows (T * K less the absent choices), E experts, D width; E1 is E + 1.  Everything is
-int32: T * K < 2^31.
+int32: T * K < 2^31.  With expert parallelism the numbers of tokens and rows differ from call to call, so no kernel is
+specialised for them (Triton would compile another for multiples of 16).
 """
 
 from typing import NamedTuple
@@ -52,7 +53,7 @@ def plan_reference(experts_TK: Tensor) -> tuple[Tensor, Tensor]:
     return order, place.view_as(experts_TK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "BLOCK"])
 def _histogram_kernel(experts_ptr, hist_ptr, choices, BLOCK, E: tl.constexpr, E_PAD: tl.constexpr, SUB: tl.constexpr):
     """One program: how many of BLOCK consecutive choices each expert got.  experts (choices,), hist (blocks, E)."""
     b = tl.program_id(0)
@@ -86,7 +87,7 @@ def _write_tables(
         tl.store(tile_expert_ptr + t, tl.minimum(e, E - 1), mask=t < max_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["choices", "BLOCK", "max_tiles"])
 def _place_kernel(
     experts_ptr, hist_ptr, order_ptr, place_ptr, offsets_ptr, start_ptr, tile_expert_ptr, choices, BLOCK, max_tiles,
     E: tl.constexpr, E_PAD: tl.constexpr, SUB: tl.constexpr, HIST: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -119,7 +120,7 @@ def _place_kernel(
         free += tl.sum(mine, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def _tables_kernel(
     counts_ptr, offsets_ptr, start_ptr, tile_expert_ptr, max_tiles,
     E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr,
@@ -235,7 +236,7 @@ def copy_rows(x_TD: Tensor, place_TK: Tensor, R: int) -> Tensor:
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "limit"])
 def _zero_tail_kernel(x_ptr, end_ptr, R, width, limit, WIDTH: tl.constexpr):
     """One program: zeroes one row of those that follow the last expert's, at most `limit` of them.  x (R, width)."""
     end = tl.load(end_ptr)

@@ -207,12 +207,12 @@ def validate(config: Config) -> None:
         ("validation", "eval_iters"),
         ("validation", "sample_tokens"),
         ("validation", "answer_samples"),
-        ("checkpoint", "save_interval"),
         ("dataset", "num_workers"),
         ("rng", "seed"),
         *(("optimizer", k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")),
     ]:
         _at_least(config, section, key, 0)
+    _at_least(config, "checkpoint", "save_interval", -1)
     for key in ("tp", "ep", "pp", "cp", "virtual_pp"):
         _at_least(config, "parallel", key, 1)
     if t.micro_batch_size is not None:

@@ -22,7 +22,7 @@ from nano3.hf_files import BITS
 from nano3.model.init import allocate, named_tensors
 from nano3.train.checkpoint import build
 from nano3.train.plan import parameters
-from nano3.train.storage import MANIFEST, POINTER
+from nano3.train.storage import DTYPES, MANIFEST, POINTER
 
 STATE = (
     "exp_avg.",
@@ -65,10 +65,11 @@ class Comparison:
         return f"different: {self.differing:,} of {what}" if self.differing else f"same tensors ({what}), but see above"
 
 
-def verify(a: Source, b: Source, workers: int = 2, meter: Meter | None = None) -> Comparison:
+def verify(a: Source, b: Source, workers: int = 2, meter: Meter | None = None, rounded: bool = False) -> Comparison:
     """Compare two models tensor by tensor, from disk, bit by bit, in the memory of a few buffers.
 
-    Two training checkpoints are the same only if their optimizer states are.
+    Two training checkpoints are the same only if their optimizer states are.  rounded: where B has a narrower dtype,
+    as an export of a trained model has, its numbers are to be A's rounded once.
     """
     out = Comparison()
     for key in GEOMETRY:
@@ -90,7 +91,7 @@ def verify(a: Source, b: Source, workers: int = 2, meter: Meter | None = None) -
     if meter is not None:
         meter.start(sum(_bytes(a, n) for n in both))
     with ThreadPoolExecutor(workers) as pool:
-        for name, line in zip(both, pool.map(lambda n: difference(a, b, n), both), strict=True):
+        for name, line in zip(both, pool.map(lambda n: difference(a, b, n, rounded), both), strict=True):
             found.append(line)
             if meter is not None:
                 meter.advance(_bytes(a, name))
@@ -110,17 +111,20 @@ def _shown(name: str, expert: int | None = None) -> str:
     return name if name.startswith(STATE) else released_name(name, expert)
 
 
-def difference(a: Source, b: Source, name: str) -> str:
+def difference(a: Source, b: Source, name: str, rounded: bool = False) -> str:
     """What differs between two sources in one tensor: dtype, shape, or the first element and how many; else nothing."""
     here, there = a[name], b[name]
     shown = _shown(name)
     if here.shape != there.shape:
         return f"{shown}: shape {list(here.shape)} in A, {list(there.shape)} in B"
+    stream = a.stream(name)
     if here.dtype != there.dtype:
-        return f"{shown}: dtype {here.dtype} in A, {there.dtype} in B"
-    width = BITS[here.dtype] // 8
+        if not rounded or here.dtype not in DTYPES or BITS[there.dtype] >= BITS[here.dtype]:
+            return f"{shown}: dtype {here.dtype} in A, {there.dtype} in B"
+        stream = _rounded(stream, DTYPES[here.dtype], DTYPES[there.dtype])
+    width = BITS[there.dtype] // 8
     count, first, at = 0, None, 0
-    for x, y in _in_step(a.stream(name), b.stream(name)):
+    for x, y in _in_step(stream, b.stream(name)):
         if x != y:
             differ = np.flatnonzero(np.frombuffer(x, f"u{width}") != np.frombuffer(y, f"u{width}"))
             first = at + int(differ[0]) if first is None else first
@@ -138,9 +142,16 @@ def difference(a: Source, b: Source, name: str) -> str:
         shown, place = _shown(name, place[0]), place[1:]
     where = ", ".join(map(str, place))
     return (
-        f"{shown} ({here.dtype}): {count:,} of {at:,} elements differ, the first at [{where}]: "
+        f"{shown} ({there.dtype}): {count:,} of {at:,} elements differ, the first at [{where}]: "
         f"{values[0]:.9g} ({bits[0]}) in A, {values[1]:.9g} ({bits[1]}) in B"
     )
+
+
+def _rounded(stream: Iterator[memoryview], wide: torch.dtype, narrow: torch.dtype) -> Iterator[memoryview]:
+    """The bytes of numbers after one rounding."""
+    for piece in stream:
+        numbers = torch.frombuffer(bytearray(piece), dtype=wide).to(narrow)
+        yield memoryview(numbers.view(torch.uint8).numpy())
 
 
 def _bits(x: Tensor) -> str:

@@ -362,7 +362,7 @@ class CheckpointConfig:
     load: str | None = None  # folder to resume from
     pretrained_checkpoint: str | None = None  # weights to start a new run from
     resume_from_last_good: bool = False  # if `load` is damaged, take the newest checkpoint in its folder that is not
-    save_interval: int = 200  # iterations; 0 saves at the end only
+    save_interval: int = 200  # iterations; 0 saves at the end only, -1 not even then
     async_save: bool = True  # write while training goes on
     most_recent_k: int = -1  # checkpoints to keep; -1 keeps all
     save_retain_interval: int | None = None  # keep those at multiples of this number of iterations as well

@@ -262,6 +262,19 @@ def test_verify_names_what_differs(folder: Path, tmp_path: Path, capsys: pytest.
     assert convert.main(["verify", str(folder), str(tmp_path / "nowhere")]) == 2
 
 
+def test_an_export_in_a_narrower_dtype_is_verified_as_one_rounding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wide = {n: t if "bias" in n else torch.randn(t.shape) for n, t in random_weights(GOLDEN, 1).items()}
+    narrow = {n: t if n.endswith(("A_log", "correction_bias")) else t.bfloat16() for n, t in wide.items()}
+    a, b = write_folder(tmp_path / "a", GOLDEN, wide, "fused"), write_folder(tmp_path / "b", GOLDEN, narrow, "fused")
+    assert convert.main(["verify", str(a), str(b)]) == 1
+    run("verify", "--rounded", a, b)
+    assert convert.main(["verify", "--rounded", str(b), str(a)]) == 1  # wider is no rounding
+    narrow["layers.0.mixer.D"].view(torch.int16)[1] += 1  # the other neighbour
+    c = write_folder(tmp_path / "c", GOLDEN, narrow, "fused")
+    assert convert.main(["verify", "--rounded", str(a), str(c)]) == 1
+
+
 def test_inspect(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("inspect", folder)
     run("inspect", imported(folder))

@@ -20,6 +20,7 @@ from nano3.model.mamba import Mamba
 from nano3.model.moe import MLP, Balance, MoE
 from nano3.model.norm import RMSNorm
 from nano3.parallel.collectives import all_stack
+from nano3.parallel.expert import remember
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.parallel.tensor import leave
 
@@ -111,7 +112,7 @@ class Nano3(nn.Module):
         for i in range(start, stop):
             block, state = self.layers[str(i)], None if cache is None else cache[i]
             if self.training and block.kind in self.recompute:
-                x, report = checkpoint(block, x, rows, state, whole, use_reentrant=False)
+                x, report = checkpoint(block, x, rows, state, whole, use_reentrant=False, context_fn=remember)
             else:
                 x, report = block(x, rows, state, whole)
             if report is not None:

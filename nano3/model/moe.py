@@ -104,7 +104,7 @@ class MoE(nn.Module):
         part = x[mine] if divided else x  # not x[:], whose gradient is a copy into a tensor of zeros
         routes = self.gate(part)
         counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
-        trip = Trip(part, routes.weights_TK, routes.experts_TK, counts, self.ep)
+        trip = Trip(part, routes.weights_TK, routes.experts_TK, counts, self.ep, self.gate.backend)
         hidden = self.shared_experts.hidden(arrive(gathering))
         trip.depart_home(self.experts(*trip.arrive()))
         y = self.shared_experts.down_proj(hidden)

@@ -53,12 +53,14 @@ def reduce_scatter(flat: Tensor, group: Group, async_op: bool = False) -> tuple[
     return out, work
 
 
-def all_gather(flat: Tensor, group: Group, async_op: bool = False) -> tuple[Tensor, dist.Work | None]:
-    """(n,) of every rank -> (ranks, n).  No gradient."""
+def all_gather(
+    flat: Tensor, group: Group, async_op: bool = False, out: Tensor | None = None
+) -> tuple[Tensor, dist.Work | None]:
+    """(n,) of every rank -> (ranks, n).  No gradient.  out: where to, contiguous; `flat` may be a row of it."""
     if group is None:
         return flat.unsqueeze(0), None
-    out = flat.new_empty(group.size(), flat.numel())
-    work = _all_gather(out.flatten(), flat, group=group, async_op=async_op)
+    out = flat.new_empty(group.size(), flat.numel()) if out is None else out
+    work = _all_gather(out.view(-1), flat, group=group, async_op=async_op)
     return out, work
 
 

@@ -112,22 +112,32 @@ class Bucket:
         row, self.row = self.row.to(self.dtype), None
         return {m.name: m.shard(row, self.axis.rank) for m in self.members}
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the bucket is laid out as the one tensor in it, so that rows can be gathered where they belong."""
+        p = self.members[0].parameter
+        return len(self.members) == 1 and p.is_contiguous() and p.numel() == self.axis.size * self.width
+
     @torch.no_grad()
     def gather(self) -> None:
         """Start to bring every rank's rows of the parameters to all; `finish_gather` ends it."""
         if self.axis.group is None:
             return
-        row = self._new(self.members[0].parameter.dtype)[self.axis.rank]
-        for m in self.members:
-            m.shard(row, self.axis.rank).copy_(m.parameter[m.owned(self.axis.rank)])
-        self.gathered, self.work = all_gather(row, self.axis.group, async_op=True)
+        if self.in_place:
+            self.gathered = self.members[0].parameter.view(self.axis.size, self.width)
+            row = self.gathered[self.axis.rank]
+        else:
+            row = self._new(self.members[0].parameter.dtype)[self.axis.rank]
+            for m in self.members:
+                m.shard(row, self.axis.rank).copy_(m.parameter[m.owned(self.axis.rank)])
+        self.gathered, self.work = all_gather(row, self.axis.group, async_op=True, out=self.gathered)
 
     @torch.no_grad()
     def finish_gather(self) -> None:
         if self.gathered is None:
             return
         self.work.wait()
-        for m in self.members:
+        for m in self.members if not self.in_place else ():
             for mine, theirs in m.pairs(m.parameter, self.gathered):
                 mine.copy_(theirs)
         self.gathered = self.work = None

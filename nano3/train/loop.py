@@ -128,7 +128,7 @@ class Trainer:
                 ended = iteration == total or stop
                 if v.eval_iters and (iteration == total or (v.eval_interval and iteration % v.eval_interval == 0)):
                     last_eval = self._evaluate(log)
-                if ended or (every and iteration % every == 0):
+                if every >= 0 and (ended or (every and iteration % every == 0)):
                     self._save()
             self.saver.wait()
         finally:
@@ -291,9 +291,12 @@ class Trainer:
             log.say(
                 f"final validation loss {last_eval:.6f} nats per token, perplexity {math.exp(min(last_eval, 80)):.3f}"
             )
-        log.say(f"  checkpoint  {self.saver.last}")
+        saved = self.saver.last
+        log.say(f"  checkpoint  {saved or 'none: checkpoint.save_interval=-1'}")
         log.say(f"  log         {folder / 'metrics.jsonl'}")
         log.say(f"  settings    {folder / 'config.yaml'}")
+        if saved is None:
+            return
         log.say("next:")
         if stopped:
             log.say(
@@ -302,7 +305,7 @@ class Trainer:
             )
         if self.recipe is not None:
             base = "" if checkpoint.is_ours(self.recipe.base) else f"--hf-model-path {self.recipe.base} "
-            log.say(f"  python merge_lora.py {base}--lora-checkpoint {self.saver.last} --output {folder / 'merged'}")
+            log.say(f"  python merge_lora.py {base}--lora-checkpoint {saved} --output {folder / 'merged'}")
         if is_supervised(self.config):
             row = self.data.row("train", 0)
             asked = int((row.labels != IGNORE).argmax()) + 1

@@ -100,8 +100,8 @@ class _Step:
         row, ids = rows * self.c.hidden_size * self.e, rows * 2 * K * 4
         counts = (ep - 1) * (1 + self.c.n_routed_experts // ep) * 8
         shared = "shared expert"
+        yield self.line("ep", "all_to_all", "row counts, forward", n, counts, "-, the host too")
         for time in ["forward", "again"] if "E" in self.again else ["forward"]:
-            yield self.line("ep", "all_to_all", f"row counts, {time}", n, counts, "-, the host too")
             yield self.line("ep", "all_to_all", f"ids and weights, {time}", n, ids, shared)
             yield self.line("ep", "all_to_all", f"rows to experts, {time}", n, row, shared)
             yield self.line("ep", "all_to_all", f"results back, {time}", n, row, shared)

@@ -19,6 +19,7 @@ from kernels.attention import attention
 from kernels.balance import balance_sums
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
 from kernels.cross_entropy import linear_cross_entropy, vocabulary_gradient, vocabulary_statistics
+from kernels.dispatch import collect, papers, spread
 from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import experts, grouped_mlp
 from kernels.grouped_gemm_configs import Config
@@ -234,6 +235,14 @@ def permute(s: Sizes, dtype: torch.dtype) -> None:
     x, places = cuda(s.T, s.D, dtype=dtype, grad=False), integers(s.T, s.K, dtype=torch.int32)
     zero_tail(x, tiles_from_counts(integers(s.E), s.T, 128))
     copy_rows(x, places, s.T * s.K)
+
+
+@case(nano=True)
+def tokens_dispatched(s: Sizes, dtype: torch.dtype) -> None:
+    """To the ranks of ep=8."""
+    ids, place = integers(s.T, s.K), integers(s.T, 8, dtype=torch.int32)
+    backward(papers(cuda(s.T, s.K), ids, place, s.T, s.E // 8))
+    backward(collect(spread(cuda(s.T, s.D, dtype=dtype), place, s.T), place))
 
 
 @case()

@@ -136,6 +136,12 @@ def test_a_run_learns_and_leaves_a_log_settings_and_a_checkpoint(tmp_path: Path)
         assert torch.equal(a, b)
 
 
+def test_a_run_can_leave_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(f"logger.run_dir={tmp_path}", "checkpoint.save_interval=-1").run()
+    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    assert "none: checkpoint.save_interval=-1" in capsys.readouterr().out
+
+
 def test_resume_is_bitwise(tmp_path: Path) -> None:
     straight = trainer(f"logger.run_dir={tmp_path / 'a'}")
     straight.run()
