@@ -36,6 +36,8 @@ def main() -> int:
     # GPU memory in segments that grow: tensors whose sizes change from step to step (rows that come from other ranks,
     # packed rows) then neither split it into pieces too small for the next, nor make a step wait for cudaMalloc.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # A queue of the GPU for each stream, as far as there are: messages of one group then never wait behind another's.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     try:
         config, name = resolve(args)
         import torch  # after the command line is known to be sound: it takes seconds

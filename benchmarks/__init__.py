@@ -2,4 +2,6 @@
 
 import os
 
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.py does
+# as train.py does
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

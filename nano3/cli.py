@@ -264,7 +264,7 @@ def validate(config: Config) -> None:
         _one_of(f"optimizer.{key}", getattr(config.optimizer, key), forms)
     kinds = [*KINDS.values(), "conv"]
     if isinstance(t.recompute, str):
-        _one_of("train.recompute", t.recompute, ["none", "full", *kinds])
+        _one_of("train.recompute", t.recompute, ["none", "full", "auto", *kinds])
     else:
         for kind in t.recompute or []:
             _one_of("train.recompute", kind, kinds)

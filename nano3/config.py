@@ -256,8 +256,9 @@ class TrainConfig:
     global_batch_size: int = 8  # sequences per optimizer step, over all ranks
     micro_batch_size: int | None = 1  # sequences a rank computes at once; None: its whole share (1 in a pipeline)
     precision: str = "auto"  # bf16 (fp32 masters), fp32, or auto: bf16 on a GPU, fp32 on a CPU
-    # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp]; or conv, the output of
-    # the convolutions in Mamba blocks: a fifth of what such a block keeps, for a sixtieth of its time
+    # none, full, or kinds of block whose activations are recomputed: [moe,mamba,attention,mlp], and conv for the output
+    # of the convolutions in Mamba blocks, a fifth of what such a block keeps for a sixtieth of its time; or auto: the
+    # cheapest kinds that let a step fit
     recompute: Any = "none"
     loss_chunk_tokens: int = 2048  # logits exist for this many tokens at a time
     device: str = "auto"  # cuda, cpu, or auto
@@ -486,11 +487,16 @@ class Config:
 
     @property
     def recompute(self) -> frozenset[str]:
-        """Kinds of block whose activations are recomputed in the backward pass; and "conv", a part of mamba's."""
+        """Kinds of block whose activations are recomputed in the backward pass; and "conv", a part of mamba's.
+
+        All for auto, as long as `nano3.train.recompute` has not put kinds in its place: a run that fits so will fit.
+        """
         asked = self.train.recompute
         if asked in ("none", None, []):
             return frozenset()
-        return frozenset(KINDS.values()) if asked == "full" else frozenset([asked] if isinstance(asked, str) else asked)
+        if asked in ("full", "auto"):
+            return frozenset(KINDS.values())
+        return frozenset([asked] if isinstance(asked, str) else asked)
 
 
 def _multiple(name: str, value: int, of: str, divisor: int) -> None:

@@ -77,6 +77,8 @@ def test_difference_from_the_preset() -> None:
         (["train.recompute=[moo]"], ["'moo'", "did you mean moe?"]),
         (["train.recompute=[mamba,conv]"], ["train.recompute", "drop conv"]),
         (["train.recompute=[full]"], ["'full'", "mamba, moe"]),
+        (["train.recompute=[moe,auto]"], ["'auto'", "mamba, moe, attention, mlp"]),
+        (["train.recompute=ful"], ["'ful'", "did you mean full?"]),
         (["model.n_groups=7"], ["model.mamba_num_heads", "model.n_groups=7"]),
         (["model.moe_latent_size=64"], ["moe_latent_size", "latent experts"]),
         (["model.num_nextn_predict_layers=1"], ["num_nextn_predict_layers", "multi-token"]),

@@ -43,6 +43,7 @@ class Mesh:
     host: dist.ProcessGroup | None = None  # all ranks, on the CPU: for checkpoints written in the background
     channels: dict[tuple[int, int, str], dist.ProcessGroup] = field(default_factory=dict)
     # (from, to, "F" or "B"): two ranks, one direction, one kind of message
+    familiar: set[tuple] = field(default_factory=set)  # kinds of micro-batches that went through the pipeline before
 
     @property
     def is_main(self) -> bool:

@@ -2,6 +2,11 @@
 
 Messages of one direction between two ranks have a channel of their own, which is first in first out (`Mesh.channels`).
 Sends never wait, and a receive is posted one operation ahead, so a message travels while the operation before computes.
+
+On a GPU a receive is a kernel that runs until its message comes, and a kernel used for the first time has to be loaded,
+for which the driver waits until the GPU is idle: two stages that both load while they receive wait for each other
+without end.  So micro-batches of a kind that is new to the pipeline go through it carefully: nothing is posted ahead,
+and the host waits for each message before it launches anything.
 """
 
 from __future__ import annotations
@@ -21,10 +26,17 @@ Forward = Callable[[int, int, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 class Wire:
-    """This rank's messages along the pipeline, all of one shape and dtype."""
+    """This rank's messages along the pipeline, all of one shape and dtype.
 
-    def __init__(self, mesh: Mesh, chunks: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    kind: what else decides which kernels run (packed rows, say), if anything.
+    """
+
+    def __init__(
+        self, mesh: Mesh, chunks: int, shape: tuple[int, ...], dtype: torch.dtype, kind: tuple[object, ...] = ()
+    ) -> None:
         self.mesh, self.chunks, self.shape, self.dtype = mesh, chunks, shape, dtype
+        self.kind = (shape, dtype, torch.is_grad_enabled(), *kind)
+        self.careful = self.kind not in mesh.familiar
         self.sent: list[tuple[dist.Work, Tensor]] = []  # tensors stay alive until they have left
         self.posted: dict[Op, tuple[dist.Work, Tensor]] = {}
 
@@ -46,6 +58,8 @@ class Wire:
             return None
         work, buffer = self.posted.pop(op)
         work.wait()
+        if self.careful and buffer.is_cuda:
+            torch.cuda.current_stream().synchronize()
         return buffer
 
     def send(self, op: Op, x: Tensor) -> None:
@@ -62,6 +76,7 @@ class Wire:
         for work, _ in self.sent:
             work.wait()
         self.sent.clear()
+        self.mesh.familiar.add(self.kind)
 
 
 def run(ops: list[Op], wire: Wire, forward: Forward, before_backward: Callable[[Op], None] | None = None) -> None:
@@ -69,7 +84,9 @@ def run(ops: list[Op], wire: Wire, forward: Forward, before_backward: Callable[[
     held: dict[tuple[int, int], tuple[Tensor | None, Tensor, Tensor | None]] = {}
     for op, following in zip(ops, [*ops[1:], None], strict=True):
         wire.post(op)
-        if following is not None:
+        # What comes in answer to this operation's result is posted after that is sent: a GPU may put both messages into
+        # one queue.
+        if following is not None and following.micro != op.micro and not wire.careful:
             wire.post(following)
         arrived = wire.receive(op)
         if op.kind == "F":

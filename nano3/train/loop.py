@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from kernels._common import INTERPRET, triton
 from nano3 import adapters
@@ -26,7 +27,15 @@ from nano3.train.answers import is_squad, score
 from nano3.train.checkpoint import Saver
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
-from nano3.train.plan import adapter_table, parameters, rank_parts, training_flops, uses_bf16
+from nano3.train.plan import (
+    adapter_table,
+    choose_kinds,
+    memory_here,
+    parameters,
+    rank_parts,
+    training_flops,
+    uses_bf16,
+)
 from nano3.train.schedule import learning_rate
 from nano3.train.step import StepReport, TrainingError, evaluate, training_step
 from nano3.train.storage import Progress
@@ -39,6 +48,8 @@ class Trainer:
     """Everything a run owns.  Built without side effects but memory; `run` does the work."""
 
     def __init__(self, config: Config, name: str, mesh: Mesh) -> None:
+        if config.train.recompute == "auto":
+            config = choose_kinds(config, mesh.world, mesh.device.type, least(memory_here(mesh.device.type, 1), mesh))
         self.config, self.name, self.mesh = config, name, mesh
         check_kernels(config, mesh.device)
         micro = config.micro_batch(mesh.dp.size)
@@ -302,6 +313,15 @@ class Trainer:
         else:
             prompt = '"def "' if self.config.dataset.name == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
         log.say(f"  python -m nano3.model.generate --checkpoint {self.save_to} --prompt {prompt}")
+
+
+def least(n: int, mesh: Mesh) -> int:
+    """The smallest of all ranks' numbers.  What ranks decide by it they decide alike: a block that is computed again
+    sends its messages again, and the others have to answer."""
+    box = torch.tensor([n])
+    if mesh.host is not None:
+        dist.all_reduce(box, op=dist.ReduceOp.MIN, group=mesh.host)
+    return int(box)
 
 
 def check_kernels(config: Config, device: torch.device) -> None:

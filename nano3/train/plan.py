@@ -20,7 +20,9 @@ from nano3.model.lora import adapter_shapes, sites_of
 from nano3.parallel.layout import Layout, check_layout, nearest_layout, objections
 from nano3.parallel.pipeline_schedule import bubble, cut, peak_in_flight, spans_of
 from nano3.presets import PRESETS
+from nano3.train.flops import training_flops
 from nano3.train.memory import Memory, Share, memory_of, micro_batches, shares
+from nano3.train.recompute import choose
 from nano3.train.traffic import traffic, traffic_table
 from nano3.train.update import check_forms, state_bytes
 
@@ -56,31 +58,6 @@ def parameters(c: ModelConfig) -> Parameters:
     idle = experts * (c.n_routed_experts - c.num_experts_per_tok) // c.n_routed_experts
     active = total - c.hybrid_override_pattern.count("E") * idle
     return Parameters(block, experts, c.vocab_size * D, total, active)
-
-
-def training_flops(c: ModelConfig, seq_length: int, frozen: bool = False) -> dict[str, float]:
-    """FLOPs per token of one training step by kind of block, and `head`; a multiply-add counts as 2.
-
-    Forward plus twice that for the backward pass; 2.5 times for the attention core, which recomputes its scores.  Every
-    weight matrix that a token passes counts once (the K chosen experts, the shared one, the router), plus the SSD's
-    four products at the configured chunk and causal attention at half the square.  Norms and activations are left
-    out.  frozen: weights have no gradient, which saves a third of their products; adapters are not counted.
-    """
-    D, S, L = c.hidden_size, seq_length, min(c.chunk_size, seq_length)
-    H, P, G, N = c.mamba_num_heads, c.mamba_head_dim, c.n_groups, c.ssm_state_size
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    routed = 4 * D * c.moe_intermediate_size * c.num_experts_per_tok
-    shared = 4 * D * c.moe_shared_expert_intermediate_size
-    w = 2 if frozen else 3  # products with each weight matrix
-    each = {
-        "M": w * (2 * D * (c.d_inner + c.conv_dim + H) + 2 * c.d_inner * D + 2 * c.conv_dim * c.conv_kernel)
-        + 3 * (2 * L * N * G + 2 * L * P * H + 4 * N * P * H),
-        "*": w * (2 * D * (q + 2 * kv) + 2 * q * D) + 3.5 * 2 * S * q,
-        "E": w * (routed + shared + 2 * D * c.n_routed_experts),
-        "-": w * 4 * D * c.intermediate_size,
-    }
-    flops = {letter: each[letter] * c.hybrid_override_pattern.count(letter) for letter in each}
-    return {**flops, "head": w * 2.0 * D * c.vocab_size}
 
 
 def layer_costs(config: Config) -> tuple[list[float], float]:
@@ -124,6 +101,19 @@ def memories(config: Config, world: int, device_type: str) -> list[Memory]:
 def memory(config: Config, world: int, device_type: str) -> Memory:
     """What the fullest rank holds."""
     return max(memories(config, world, device_type), key=lambda m: m.total)
+
+
+def choose_kinds(config: Config, world: int, device_type: str, have: int) -> Config:
+    """The configuration with kinds in place of train.recompute=auto, for ranks that may use so many bytes each."""
+    if config.train.recompute != "auto":
+        return config
+    gpu = device_type == "cuda"
+    return choose(
+        config,
+        Layout.of(config, world),
+        uses_bf16(config, device_type),
+        lambda c: not gpu or memory(c, world, device_type).total <= USABLE * have,
+    )
 
 
 def machine_memory(device_type: str) -> int:
@@ -187,6 +177,8 @@ def report(config: Config, name: str, world: int, device_type: str, have: int | 
         summary(config, name, world, device_type),
         f"step: {each} = {micro * B * S:,} tokens on each of {counted(layout.dp, 'replica')} (dp)",
     ]
+    if config.recompute:
+        lines.append(f"computed again in the backward pass: blocks of kind {', '.join(sorted(config.recompute))}")
     if layout.tp > 1:
         lines.append(f"between blocks a rank holds {B * S // layout.tp:,} tokens of a micro-batch")
     if layout.pp > 1:
@@ -292,6 +284,7 @@ def dry_run(config: Config, name: str, asked: int | None, device_type: str, rank
     planned = "cuda" if on_gpus else device_type
     check_forms(config.optimizer, uses_bf16(config, planned))
     have = memory_here(planned, ranks_here) if planned == device_type else None
+    config = choose_kinds(config, world, planned, int(min(GPUS.values())) if have is None else have)
     return report(config, name, world, planned, have)
 
 

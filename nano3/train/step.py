@@ -132,7 +132,8 @@ def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh, fine: Tenso
 def wire_for(model: Nano3, batch: Batch) -> Wire:
     """What carries micro-batches like this one between the stages."""
     B, S = batch.tokens.shape
-    return Wire(model.mesh, len(model.parts), (B, S // model.mesh.tp.size, model.config.hidden_size), model.dtype)
+    shape = (B, S // model.mesh.tp.size, model.config.hidden_size)
+    return Wire(model.mesh, len(model.parts), shape, model.dtype, (batch.seq_idx is None, batch.real is None))
 
 
 def head_loss(model: Nano3, hidden: Tensor, labels: Tensor, weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:

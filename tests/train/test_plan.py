@@ -24,8 +24,10 @@ from nano3.train.checkpoint import build
 from nano3.train.memory import activation_bytes, activations, adapter_bytes, memory_of, micro_batches, shares
 from nano3.train.optim import AdamW
 from nano3.train.plan import check_fits, dry_run, memory, parameters, rank_parts, stage_spans, training_flops
+from nano3.train.recompute import forward_seconds
 from tests.parallel.layouts import CPU, config_for
 from tests.train.mirror import Mirror, mirror_mesh
+from tests.train.small import trainer
 
 
 def preset(name: str, *overrides: str) -> Config:
@@ -371,3 +373,31 @@ def test_the_script_plans_without_a_gpu_and_refuses_with_status_2(run_script) ->
     done = run_script(*command, "32", "parallel.tp=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert "The nearest layout that does" in done.stderr
+
+
+def test_auto_recomputes_the_cheapest_kinds_that_fit() -> None:
+    """Nano over 64 GPUs, where activations decide: from all kinds to none as memory grows, never one too many."""
+    settings = ["parallel.tp=1", "parallel.ep=8", "train.micro_batch_size=1"]
+    config = preset("nano-30b-a3b", "train.recompute=auto", *settings)
+    seconds = forward_seconds(config, Layout.of(config, 64), bf16=True)
+    costs = []
+    for gib in (40, 50, 60, 70):
+        may = plan.USABLE * (gib << 30)
+        chosen = plan.choose_kinds(config, 64, "cuda", gib << 30)
+        costs.append(sum(seconds[kind] for kind in chosen.recompute))
+        assert gib == 40 or memory(chosen, 64, "cuda").total <= may
+        for kind in chosen.recompute:
+            fewer = preset("nano-30b-a3b", f"train.recompute=[{','.join(chosen.recompute - {kind})}]", *settings)
+            assert memory(fewer, 64, "cuda").total > may
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] == pytest.approx(sum(seconds.values()))
+    assert len(set(costs)) == 4
+    assert costs[-1] == 0
+
+
+def test_auto_is_none_on_a_cpu_and_counts_as_all_until_it_is_chosen() -> None:
+    assert trainer("train.recompute=auto").config.train.recompute == "none"
+    config = preset("tiny", "train.recompute=auto")
+    assert config.recompute == set(KINDS.values())
+    assert plan.choose_kinds(config, 1, "cpu", 0).train.recompute == "none"
+    assert plan.choose_kinds(preset("tiny", "train.recompute=[moe]"), 1, "cuda", 0).train.recompute == ["moe"]
