@@ -15,7 +15,7 @@ The loss of a step is already divided by the global number of tokens, so a sum i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -200,6 +200,24 @@ def _alone(name: str, parameter: Tensor, size: int) -> bool:
     return name.endswith((".experts.up_proj", ".experts.down_proj")) or 4 * parameter.numel() >= size
 
 
+def _backward_order(names: Iterable[str]) -> list[str]:
+    """Names of parameters, in the order of the model, in the order in which their gradients are complete.
+
+    A mixture's shared expert begins before the routed experts and ends after them, so its first product's gradient
+    comes last: what the routed experts have to send, most of all, must not wait for it.
+    """
+    known, late, out = list(names), {}, []
+    for name in reversed(known):
+        block, shared, _ = name.rpartition(".shared_experts.up_proj.")
+        if shared and f"{block}.experts.up_proj" in known:
+            late[f"{block}.experts.up_proj"] = name
+            continue
+        out.append(name)
+        if name in late:
+            out.append(late.pop(name))
+    return out
+
+
 def make_buckets(
     parameters: dict[str, Tensor],
     axis_of: Callable[[str], Axis],
@@ -218,7 +236,8 @@ def make_buckets(
     """
     complete: dict[Bucket, int] = {}  # the place of the last tensor in the backward pass
     shared: dict[object, Bucket] = {}
-    for place, (name, p) in enumerate(reversed(parameters.items())):
+    for place, name in enumerate(_backward_order(parameters)):
+        p = parameters[name]
         axis, alone = axis_of(name), _alone(name, p, size)
         key = (axis.ranks, p.dtype)
         bucket = None if alone else shared.get(key)
@@ -226,7 +245,7 @@ def make_buckets(
             wide = torch.promote_types(p.dtype, torch.float32)
             sent = wire if wire is not None and p.dtype == wire else wide
             sums = p.dtype if sum_bf16 and p.dtype == torch.bfloat16 else wide
-            bucket = Bucket(axis, sums, sums if sum_bf16 and axis.size == 1 else sent)  # no copy where none travels
+            bucket = Bucket(axis, sums, sums if axis.size == 1 else sent)  # no copy where nothing travels
             if not alone:
                 shared[key] = bucket
         bucket.add(name, p)

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from nano3.model.init import allocate, initialise
 from nano3.parallel.data import make_buckets
 from nano3.parallel.mesh import Axis
+from nano3.train.checkpoint import build
+from tests.parallel.layouts import config_for
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -86,6 +89,23 @@ def test_tensors_that_share_a_bucket_are_opened_like_those_that_do_not(ranks: in
 def test_narrow_parameters_are_summed_in_fp32_and_travel_as_asked() -> None:
     weights = {"w": nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16)), "A_log": nn.Parameter(torch.zeros(4))}
     for wire, expected in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
-        a_log, w = make_buckets(weights, lambda name: Axis(), wire)
+        a_log, w = make_buckets(weights, lambda name: Axis(2, 0), wire)
         assert (w.dtype, w.wire) == (torch.float32, expected)
         assert (a_log.dtype, a_log.wire) == (torch.float32, torch.float32)
+        assert all(b.wire == torch.float32 for b in make_buckets(weights, lambda name: Axis(), wire))  # none travels
+
+
+def test_routed_experts_do_not_wait_for_the_shared_one() -> None:
+    """The order is that in which a backward pass completes the gradients."""
+    config = config_for(("model.hybrid_override_pattern=E",))
+    model = allocate(build(config.model), torch.device("cpu"), torch.float32)
+    initialise(model, config.model, seed=0)
+    tokens, complete = torch.randint(0, config.model.vocab_size, (1, 32)), []
+    for name, p in model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda _, name=name: complete.append(name))
+    out = model.train()(tokens)
+    model.logits(out.hidden).square().mean().backward()
+    matrices = [n for n in complete if "expert" in n]
+    buckets = make_buckets(dict(model.named_parameters()), lambda name: Axis(), None, size=1)
+    assert [m.name for b in buckets for m in b.members if "expert" in m.name] == matrices
+    assert len(matrices) == 4
