@@ -82,7 +82,7 @@ class Cut:
         self.mesh = Mesh(device=torch.device(args.device))
         self.load(1, args.seq_length, "none")
         dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-        self.model: Nano3 = allocate(build(self.config.model), self.mesh.device, dtype)
+        self.model: Nano3 = allocate(build(self.config.model, mesh=self.mesh), self.mesh.device, dtype)
         initialise(self.model, self.config.model, 0, device=self.mesh.device)
         self.gradients = AdamW(self.model, self.config.optimizer) if update else NoUpdate(self.model)
 
