@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels._bandwidth import jit, tl
-from kernels._common import accumulate_dtype, triton, use_triton
+from kernels._common import accumulate_dtype, result_is_known, triton, use_triton
 
 if triton is not None:
     from kernels.permute import copy_rows, plan_rows, sum_rows
@@ -86,6 +86,8 @@ class _Collect(torch.autograd.Function):
     def forward(ctx, rows_D: Tensor, place_TR: Tensor, kernels: bool) -> Tensor:
         ctx.save_for_backward(place_TR)
         ctx.kernels, ctx.rows = kernels, rows_D.shape[0]
+        if result_is_known():
+            return rows_D.new_empty(len(place_TR), rows_D.shape[1])
         return _collect(rows_D, place_TR, kernels)
 
     @staticmethod
@@ -100,7 +102,10 @@ def spread(x_TD: Tensor, place_TR: Tensor, rows: int, backend: str = "auto") -> 
 
 
 def collect(rows_D: Tensor, place_TR: Tensor, backend: str = "auto") -> Tensor:
-    """rows: (rows, D), as `spread` lays them -> (T, D) in their dtype.  Differentiable once."""
+    """rows: (rows, D), as `spread` lays them -> (T, D) in their dtype.  Differentiable once.
+
+    It ends a block: under `computing_again` the result is left undefined.
+    """
     return _Collect.apply(rows_D, place_TR, len(place_TR) > 0 and use_triton(rows_D, backend))
 
 

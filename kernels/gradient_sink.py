@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels._common import result_is_known
+
 
 class GradientSink(Protocol):
     def open(self) -> tuple[Tensor, bool]:
@@ -58,30 +60,33 @@ def add_product_(sums: Tensor, a: Tensor, b: Tensor, holds: bool) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, sink: GradientSink) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, sink: GradientSink, ends_block: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.sink = sink
+        if ends_block and result_is_known():
+            return x.new_empty(*x.shape[:-1], weight.shape[0])
         return F.linear(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         sums, holds = ctx.sink.open()
         add_product_(sums, dy.flatten(0, -2), x.flatten(0, -2), holds)
         ctx.sink.close()
-        return dx, None, None
+        return dx, None, None, None
 
 
-def linear(x: Tensor, weight: Tensor, sink: GradientSink | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, sink: GradientSink | None = None, ends_block: bool = False) -> Tensor:
     """y = x W^T: x (..., in), weight (out, in) -> (..., out).
 
-    With a sink the gradient of the weight goes there, and autograd gets none.
+    With a sink the gradient of the weight goes there, and autograd gets none.  ends_block: the result only joins the
+    stream, so under `computing_again` it is left undefined.
     """
     if sink is None or not weight.requires_grad or not torch.is_grad_enabled():
         return F.linear(x, weight)
-    return _Linear.apply(x, weight, sink)
+    return _Linear.apply(x, weight, sink, ends_block)
 
 
 class _Divert(torch.autograd.Function):

@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(c.hidden_size, q)
         self.k_proj = Linear(c.hidden_size, kv)
         self.v_proj = Linear(c.hidden_size, kv)
-        self.o_proj = Linear(q, c.hidden_size)
+        self.o_proj = Linear(q, c.hidden_size, ends_block=True)
 
     def forward(
         self, u: Tensor, rows: Rows, cache: AttentionState | None, whole: bool

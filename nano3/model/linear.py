@@ -10,13 +10,14 @@ from kernels.gradient_sink import linear, sink_of
 
 
 class Linear(nn.Linear):
-    """y = x W^T, without a bias."""
+    """y = x W^T, without a bias.  ends_block: y only joins the residual stream."""
 
-    def __init__(self, width_in: int, width_out: int) -> None:
+    def __init__(self, width_in: int, width_out: int, ends_block: bool = False) -> None:
         super().__init__(width_in, width_out, bias=False)
+        self.ends_block = ends_block
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return linear(x, self.weight, sink_of(self.weight))
+        return linear(x, self.weight, sink_of(self.weight), self.ends_block)
 
 
 class Embedding(nn.Embedding):

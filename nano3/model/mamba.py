@@ -48,7 +48,7 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(self.H))
         self.dt_bias = nn.Parameter(torch.empty(self.H))
         self.norm = RMSNorm(self.d_inner, self.eps)
-        self.out_proj = Linear(self.d_inner, c.hidden_size)
+        self.out_proj = Linear(self.d_inner, c.hidden_size, ends_block=True)
 
     def forward(
         self, u: Tensor, rows: Rows, cache: MambaState | None, whole: bool

@@ -40,7 +40,7 @@ class MLP(nn.Module):
         super().__init__()
         self.tp, self.backend = mesh.tp, backend
         self.up_proj = Linear(width, hidden // self.tp.size)
-        self.down_proj = Linear(hidden // self.tp.size, width)
+        self.down_proj = Linear(hidden // self.tp.size, width, ends_block=True)
 
     def hidden(self, u: Tensor) -> Tensor:
         return relu2(self.up_proj(u), self.backend)

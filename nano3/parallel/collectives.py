@@ -101,10 +101,13 @@ def reduce_from(x: Tensor, group: Group) -> Tensor:
 
 
 class Flight(abc.ABC):
-    """A message under way, forward or back: what its two ends share."""
+    """A message under way, forward or back: what its two ends share.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    silent: nothing is sent, and the buffer means nothing, because nobody will read it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, unread: bool = False) -> None:
+        self.group, self.unread, self.silent = group, unread, False
         self.work: dist.Work | None = None
         self.gradient: Tensor | None = None
 
@@ -114,8 +117,9 @@ class Flight(abc.ABC):
 
     def land(self, buffer: Tensor, back: bool) -> Tensor:
         """Wait for it.  Returns what it means."""
-        self.work.wait()
-        self.work = None
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
         return buffer.view_as(buffer)
 
 
@@ -127,7 +131,8 @@ class _Gather(Flight):
         if back:
             parts = x.unflatten(1, (t, -1)).transpose(0, 1).contiguous()
             out = torch.empty_like(parts[0])
-            self.work = _reduce_scatter(out, parts.flatten(0, 1), group=self.group, async_op=True)
+            if not self.silent:
+                self.work = _reduce_scatter(out, parts.flatten(0, 1), group=self.group, async_op=True)
         else:
             out = x.new_empty(t, *x.shape)
             self.work = _all_gather(out.flatten(0, 1), x.contiguous(), group=self.group, async_op=True)
@@ -151,14 +156,15 @@ class _Scatter(_Gather):
 class _Exchange(Flight):
     """send[r] consecutive rows go to rank r, receive[r] come from it; its own conjugate with the sizes swapped."""
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
-        super().__init__(group)
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup, unread: bool) -> None:
+        super().__init__(group, unread)
         self.send, self.receive = send, receive
 
     def launch(self, x: Tensor, back: bool) -> Tensor:
         send, receive = (self.receive, self.send) if back else (self.send, self.receive)
         out = x.new_empty(sum(receive), *x.shape[1:])
-        self.work = dist.all_to_all_single(out, x.contiguous(), receive, send, group=self.group, async_op=True)
+        if not self.silent:
+            self.work = dist.all_to_all_single(out, x.contiguous(), receive, send, group=self.group, async_op=True)
         return out
 
 
@@ -166,7 +172,10 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, flight: Flight) -> Tensor:
         ctx.flight = flight
-        return flight.launch(x, back=False)
+        flight.silent = flight.unread  # the gradient will travel all the same
+        buffer = flight.launch(x, back=False)
+        flight.silent = False
+        return buffer
 
     @staticmethod
     def backward(ctx, _: Tensor) -> tuple[Tensor, None]:  # the gradient proper is on its way since _Arrive.backward
@@ -199,14 +208,17 @@ def depart_gather(x: Tensor, group: Group) -> Travelling:
     return (x, None) if group is None else _depart(x, _Gather(group))
 
 
-def depart_scatter(x: Tensor, group: Group) -> Travelling:
-    """Start to add up (B, S, ...) summands, one a rank, and to give each rank its piece, (B, S / t, ...)."""
-    return (x, None) if group is None else _depart(x, _Scatter(group))
+def depart_scatter(x: Tensor, group: Group, unread: bool = False) -> Travelling:
+    """Start to add up (B, S, ...) summands, one a rank, and to give each rank its piece, (B, S / t, ...).
+
+    unread, here and below: nobody will look at the result, only its gradient will come back; so nothing is sent.
+    """
+    return (x, None) if group is None else _depart(x, _Scatter(group, unread))
 
 
-def depart_rows(x: Tensor, send: list[int], receive: list[int], group: Group) -> Travelling:
+def depart_rows(x: Tensor, send: list[int], receive: list[int], group: Group, unread: bool = False) -> Travelling:
     """Start an exchange: send[r] consecutive rows of x go to rank r, receive[r] rows come from it, in rank order."""
-    return (x, None) if group is None else _depart(x, _Exchange(send, receive, group))
+    return (x, None) if group is None else _depart(x, _Exchange(send, receive, group, unread))
 
 
 def arrive(travelling: Travelling) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels._common import result_is_known
 from kernels.dispatch import collect, departures, papers, spread
 from nano3.parallel.collectives import arrive, depart_rows
 from nano3.parallel.mesh import Axis
@@ -115,9 +116,10 @@ class Trip:
         if self.ep.size == 1:
             self.y = y_ND, None
         else:
-            self.y = depart_rows(y_ND, self.plan.receive, self.plan.send, self.ep.group)
+            self.y = depart_rows(y_ND, self.plan.receive, self.plan.send, self.ep.group, result_is_known())
 
     def arrive_home(self) -> Tensor:
-        """(T, D): each token's sum over the ranks it went to."""
+        """(T, D): each token's sum over the ranks it went to; undefined where the block is computed again, and nobody
+        reads it."""
         y = arrive(self.y)
         return y if self.ep.size == 1 else collect(y, self.plan.place_TR, self.backend)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels._common import result_is_known
 from nano3.parallel.collectives import Travelling, arrive, copy_to, depart_gather, depart_scatter, reduce_from
 from nano3.parallel.mesh import Axis
 
@@ -21,8 +22,10 @@ def depart_enter(x: Tensor, tp: Axis, whole: bool) -> Travelling:
 
 
 def depart_leave(y: Tensor, tp: Axis, whole: bool) -> Travelling:
-    """Out of it: the ranks' outputs are summands (B, S, D); each keeps its tokens' sum, or, if `whole`, all of them."""
-    return (reduce_from(y, tp.group), None) if whole else depart_scatter(y, tp.group)
+    """Out of it: the ranks' outputs are summands (B, S, D); each keeps its tokens' sum, or, if `whole`, all of them.
+
+    This ends a block, so nobody reads the sum when the block is computed again."""
+    return (reduce_from(y, tp.group), None) if whole else depart_scatter(y, tp.group, result_is_known())
 
 
 def enter(x: Tensor, tp: Axis, whole: bool) -> Tensor:

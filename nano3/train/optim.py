@@ -63,10 +63,10 @@ class AdamW(Gradients):
     def publish(self) -> None:
         """Write the masters into the parameters, and start to gather the other ranks' rows; forward order."""
         for bucket in reversed(self.buckets):
-            for m in bucket.members:
-                rows = m.parameter[m.owned(bucket.axis.rank)]
-                if rows.dtype != self.masters[m.name].dtype:
-                    rows.copy_(self.masters[m.name])
+            rows = {m.name: m.parameter[m.owned(bucket.axis.rank)] for m in bucket.members}
+            narrow = [n for n, r in rows.items() if r.dtype != self.masters[n].dtype]
+            if narrow:  # one launch, where there are hundreds of adapters in a bucket
+                torch._foreach_copy_([rows[n] for n in narrow], [self.masters[n] for n in narrow])
             bucket.gather()
         self._make_room()
 

@@ -57,9 +57,8 @@ class _Step:
         """tp: each block gathers its tokens and scatters its sums; the backward pass does the opposite of both.
 
         A mixture routes while it gathers, and adds up its experts' results while it scatters; the backward pass of
-        both is the same seen in a mirror.  A block that is computed again gathers again.  Its scatter comes after the
-        last tensor that the backward pass needs, where the recomputation ends, but for a mixture, whose balance loss
-        comes later still.
+        both is the same seen in a mirror.  A block that is computed again gathers again; its result is known, and not
+        scattered.
         """
         whole = self.tokens * self.c.hidden_size * self.e
         for letter, layers in self.letters.items():
@@ -69,8 +68,6 @@ class _Step:
             yield self.line("tp", "reduce_scatter", f"{name}, forward", n, whole, last)
             if letter in self.again:
                 yield self.line("tp", "all_gather", f"{name}, again", n, whole, first)
-                if letter == "E":
-                    yield self.line("tp", "reduce_scatter", f"{name}, again", n, whole, last)
             yield self.line("tp", "all_gather", f"{name}, backward", n, whole, last)
             yield self.line("tp", "reduce_scatter", f"{name}, backward", n, whole, first)
 
@@ -104,7 +101,7 @@ class _Step:
         for time in ["forward", "again"] if "E" in self.again else ["forward"]:
             yield self.line("ep", "all_to_all", f"ids and weights, {time}", n, ids, shared)
             yield self.line("ep", "all_to_all", f"rows to experts, {time}", n, row, shared)
-            yield self.line("ep", "all_to_all", f"results back, {time}", n, row, shared)
+        yield self.line("ep", "all_to_all", "results back, forward", n, row, shared)
         yield self.line("ep", "all_to_all", "results' gradients, backward", n, row, shared)
         yield self.line("ep", "all_to_all", "weights' gradients, backward", n, ids, shared)
         yield self.line("ep", "all_to_all", "rows' gradients, backward", n, row, shared)
