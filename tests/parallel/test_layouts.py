@@ -177,7 +177,7 @@ def test_moments_in_8_bits_are_the_same_in_any_layout(pool: Pool, tmp_path: Path
 
 
 @pytest.mark.parametrize("kinds", ["full", "[moe]", "[mamba,attention]"])
-def test_recompute_repeats_the_collectives(pool: Pool, kinds: str) -> None:
+def test_recompute_changes_nothing(pool: Pool, kinds: str) -> None:
     check(pool, case(8, "tp=2 ep=4 pp=2", f"train.recompute={kinds}"))
 
 
