@@ -5,8 +5,11 @@ from collections import defaultdict, deque
 from itertools import combinations, pairwise
 
 import pytest
+import torch
 
 from nano3.config import UserError
+from nano3.parallel.mesh import Mesh
+from nano3.parallel.pipeline import Wire, run
 from nano3.parallel.pipeline_schedule import (
     Link,
     Op,
@@ -267,3 +270,31 @@ def test_virtual_stages_need_a_pipeline() -> None:
     for call in calls:
         with pytest.raises(UserError, match=r"virtual stages need parallel\.pp above 1"):
             call()
+
+
+def test_receives_are_posted_ahead_once_a_kind_is_familiar() -> None:
+    """And never what answers the operation at hand, which has to be sent first."""
+
+    class Recorder(Wire):
+        def post(self, op: Op) -> None:
+            posted.append(op)
+
+        def receive(self, op: Op) -> None:
+            posted.append(None)  # the operation begins
+
+        def send(self, op: Op, x: torch.Tensor) -> None:
+            pass
+
+    def go(*kind: object) -> list[Op | None]:
+        posted.clear()
+        with torch.no_grad():
+            run(ops, Recorder(mesh, 2, (1, 2, 3), torch.float32, kind), lambda *_: (torch.zeros(1), None))
+        return [*posted]
+
+    posted: list[Op | None] = []
+    mesh, ops = Mesh(), [Op("F", 0, 0), Op("F", 1, 0), Op("F", 1, 1)]
+    first, second, third = ops
+    careful = [first, None, second, None, third, None]
+    assert go("packed") == careful
+    assert go("packed") == [first, None, second, third, None, third, None]
+    assert go("plain") == careful
