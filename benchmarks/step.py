@@ -16,7 +16,8 @@ is in no sum, says whether such sums hold.
 
 --peer: transformers' model of `MEMEM*EME` right after, warmed up alike, with grouped products, mamba-ssm's Triton
 kernels if $MAMBA_SSM names their folder, and our convolution (theirs has to be compiled).
---lengths: instead, the time of a token by the length of its sequence, the tokens of a micro-batch being as many.
+--lengths: instead, the time of a token by the length of its sequence, the tokens of a micro-batch being as many; then,
+of `MEMEM*EME` with every block computed again, twice the longest of them, and twice that, until the GPU is full.
 --profile: a Chrome trace of a micro-batch of each cut, and a table of the kernels of MEE*.
 """
 
@@ -320,30 +321,6 @@ def check(found: dict[str, dict], rounds: dict[str, list[float]]) -> dict[str, f
     return {"measured_ms": measured, "summed_ms": summed}
 
 
-def by_length(cuts: dict[str, Cut], args: argparse.Namespace) -> list[dict]:
-    """The table of --lengths: microseconds of a token in all layers of each kind."""
-    tokens, table = max(args.lengths), []
-    for length in sorted(args.lengths):
-        found = measure(cuts, tokens // length, length, "none", args)
-        us = {x: LAYERS[x] * 1e3 / tokens * d for x, d in median(differences(found, "ms")).items()}
-        record = {"length": length, "rows": tokens // length, "us_per_token": us, "total": sum(us.values())}
-        record["without_attention"] = record["total"] - us["*"]
-        table.append(record)
-        free()
-    print(f"\nus per token of 52 layers, micro-batches of {tokens} tokens, {args.rounds} rounds")
-    print(f"{'length':>8}{'rows':>5}{'Mamba-2':>9}{'mixture':>9}{'attention':>11}{'ends':>7}{'total':>8}", end="")
-    print(f"{'less attention growth':>23}{'tokens/s':>10}")
-    for r in table:
-        us, first = r["us_per_token"], table[0]
-        rest = r["total"] - us["*"] + first["us_per_token"]["*"]
-        r["against_shortest"] = rest / first["total"] - 1
-        print(
-            f"{r['length']:8}{r['rows']:5}{us['M']:9.2f}{us['E']:9.2f}{us['*']:11.2f}{us['ends']:7.2f}"
-            f"{r['total']:8.2f}{rest:14.2f} ({r['against_shortest']:+6.1%}){1e6 / r['total']:10,.0f}"
-        )
-    return table
-
-
 def optimizer_ms(args: argparse.Namespace) -> dict[str, float]:
     """AdamW with fp32 masters on `ME*`, carried to Nano sharded over 8 ranks by the number of parameters."""
     cuts = [Cut(BASE, args, update) for update in (True, False)]
@@ -391,7 +368,12 @@ def main() -> None:
         print(f"{environment()}, GEMM peak {peak:.0f} TFLOP/s (8192^3, bf16, random numbers)")
     cuts = {pattern: Cut(pattern, args) for pattern in (BASE, *CUTS.values())}
     if args.lengths:
+        from benchmarks.step_lengths import by_length, longest
+
         records += by_length(cuts, args)
+        free(cuts.values())
+        cuts = {}
+        records += longest(args) if args.device == "cuda" else []
     else:
         cuts[WHOLE] = Cut(WHOLE, args)
         for rows in args.rows:

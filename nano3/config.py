@@ -178,20 +178,20 @@ class ModelConfig:
         for old, new in HF_ALIASES.items():
             if hf.get(old) is not None and hf.get(new) is None:
                 hf[new] = hf[old]
-        if hf.get("hybrid_override_pattern") is None:
-            if hf.get("layers_block_type") is None:
-                raise UserError("config.json has neither hybrid_override_pattern nor layers_block_type")
-            letters = {
-                "linear_attention": "M",
-                "mamba": "M",
-                "full_attention": "*",
-                "attention": "*",
-                "moe": "E",
-                "mlp": "-",
-            }
-            if unknown := sorted(set(hf["layers_block_type"]) - set(letters)):
+        kinds = {"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*", "moe": "E", "mlp": "-"}
+        if (listed := hf.get("layers_block_type")) is not None:
+            if unknown := sorted(set(listed) - set(kinds)):
                 raise UserError(f"config.json: layers_block_type has unknown entries {unknown}")
-            hf["hybrid_override_pattern"] = "".join(letters[t] for t in hf["layers_block_type"])
+            letters = "".join(kinds[kind] for kind in listed)
+            pattern = hf.get("hybrid_override_pattern")
+            if pattern is not None and pattern != letters:  # readers differ in which of the two they believe
+                raise UserError(
+                    f"config.json: hybrid_override_pattern={pattern!r} and layers_block_type, which means {letters!r}, "
+                    "are two models; delete the one that is wrong"
+                )
+            hf["hybrid_override_pattern"] = letters
+        elif hf.get("hybrid_override_pattern") is None:
+            raise UserError("config.json has neither hybrid_override_pattern nor layers_block_type")
         limit = hf.get("time_step_limit")
         if limit is not None:  # transformers writes infinity as {"__float__": "Infinity"}
             hf["time_step_limit"] = [float(v["__float__"]) if isinstance(v, dict) else float(v) for v in limit]

@@ -38,7 +38,6 @@ GEOMETRY = (  # what makes another model of it; the rest of config.json does not
     *("moe_intermediate_size", "moe_shared_expert_intermediate_size", "n_group", "topk_group", "norm_topk_prob"),
     *("routed_scaling_factor", "intermediate_size"),
 )
-LETTERS = {"M": "mamba", "E": "moe", "*": "attention", "-": "mlp"}  # as every reader of layers_block_type knows them
 
 
 def shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -340,8 +339,8 @@ def small_files(folder: Path) -> list[Path]:
 def config_json(c: ModelConfig, folder: Path | None, dtype: str | None = None, drop_mtp: bool = False) -> bytes:
     """The config.json of a model of geometry `c`.
 
-    That of `folder` byte for byte if it says the same, else with what differs replaced and the layers named both ways;
-    without a folder a new one.  dtype: safetensors' name of what the weights are in, None for what the folder says.
+    That of `folder` byte for byte if it says the same, else with what differs replaced; without a folder
+    a new one.  dtype: safetensors' name of what the weights are in, None for what the folder says.
     """
     theirs, raw = (None, NEW) if folder is None else read_config(folder, drop_mtp)
     changed = {f: getattr(c, f) for f in GEOMETRY if theirs is None or getattr(c, f) != getattr(theirs, f)}
@@ -354,7 +353,7 @@ def config_json(c: ModelConfig, folder: Path | None, dtype: str | None = None, d
     new = {**raw, **changed, key: name} if name else {**raw, **changed}
     if changed:
         new["hybrid_override_pattern"] = c.hybrid_override_pattern
-        new["layers_block_type"] = [LETTERS[x] for x in c.hybrid_override_pattern]
+        new.pop("layers_block_type", None)  # the pattern is what every reader takes: see docs/convert.md
         new["num_hidden_layers"] = c.num_hidden_layers
         for old, ours in HF_ALIASES.items():
             if old in new:

@@ -179,6 +179,7 @@ def test_reading_a_released_config_json() -> None:
         ({"moe_latent_size": 1024}, "moe_latent_size"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
         ({"num_hidden_layers": 52}, "num_hidden_layers=52"),
+        ({"layers_block_type": ["mamba", "moe", "mamba", "attention", "moe", "moe"]}, "two models"),
         ({"hidden_size": "wide"}, "hidden_size"),
     ]:
         with pytest.raises(UserError, match=part):

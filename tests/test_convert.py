@@ -210,7 +210,7 @@ def test_float16_refuses_what_does_not_fit(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "c" / "latest_checkpointed_iteration.txt").exists()
 
 
-def test_another_geometry_is_written_with_both_ways_to_name_the_layers(folder: Path, tmp_path: Path) -> None:
+def test_another_geometry_is_written_so_that_every_reader_takes_it(folder: Path, tmp_path: Path) -> None:
     from transformers import NemotronHConfig
 
     fewer = replace(GOLDEN, num_experts_per_tok=2, time_step_limit=[0.0, 0.5])
@@ -220,7 +220,7 @@ def test_another_geometry_is_written_with_both_ways_to_name_the_layers(folder: P
     assert new["num_experts_per_tok"] == 2
     assert new["time_step_limit"] == [0.0, 0.5]
     assert new["hybrid_override_pattern"] == "MEM*E"
-    assert new["layers_block_type"] == ["mamba", "moe", "mamba", "attention", "moe"]
+    assert "layers_block_type" not in new  # beside the pattern, some of transformers 5 refuse either spelling of it
     assert new["rope_theta"] == old["rope_theta"]
     read = NemotronHConfig.from_pretrained(out)
     assert read.layers_block_type == ["linear_attention", "moe", "linear_attention", "full_attention", "moe"]

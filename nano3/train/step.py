@@ -60,7 +60,7 @@ def training_step(
     counted = all_sum(counted, mesh.dp.group)  # tokens with a loss, tokens that are not padding
     per_token, per_real = (1 / counted.clamp_min(1).double()).to(acc)
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, balance loss, ranks asked to stop
-    sums[2] = float(stop)
+    sums[2:].fill_(float(stop))  # an assignment would bring the number over in a copy that waits
     counts: dict[int, Tensor] = {}  # part -> (mixture layers, E)
 
     def forward(part: int, micro: int, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
