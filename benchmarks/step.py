@@ -14,7 +14,7 @@ them instead and has the step's launches to itself, is listed beside.  `busy` is
 by the profiler, in the same way.  Tokens/s of the full depth = tokens / (23 M + 23 E + 6 * + ends).  `MEMEM*EME`, which
 is in no sum, says whether such sums hold.
 
---peer: transformers' model of `MEMEM*EME` right after, warmed up alike, with grouped products, mamba-ssm's Triton
+--peer: transformers' models of the same cuts right after, warmed up alike, with grouped products, mamba-ssm's Triton
 kernels if $MAMBA_SSM names their folder, and our convolution (theirs has to be compiled).
 --lengths: instead, the time of a token by the length of its sequence, the tokens of a micro-batch being as many; then,
 of `MEMEM*EME` with every block computed again, twice the longest of them, and twice that, until the GPU is full.
@@ -387,7 +387,7 @@ def main() -> None:
                     free([cuts.pop(WHOLE)])
                     if args.peer:
                         free(cuts.values())
-                        records.append(peer(records[0]["check"]["measured_ms"], args))
+                        records.append(peer(records[0], args))
                         cuts = {}
     free(cuts.values())
     if not args.no_optimizer and not args.lengths:
@@ -396,15 +396,35 @@ def main() -> None:
         Path(args.out).write_text(json.dumps([*records, environment() if args.device == "cuda" else {}], indent=1))
 
 
-def peer(ours: float, args: argparse.Namespace) -> dict[str, object]:
-    """transformers' model of the same cut beside ours, which took so many ms."""
+def peer(ours: dict, args: argparse.Namespace) -> dict[str, object]:
+    """transformers' models of the same cuts beside ours, whose record this is."""
     from benchmarks.step_peer import peer_ms
 
-    theirs, how = peer_ms(WHOLE, args)
+    found, how = peer_ms([WHOLE], args)
     free()
-    text = f"{theirs:.1f} ms, {theirs / ours:.2f} x" if theirs else "none"
-    print(f"{WHOLE}, {args.rows[0]} x {args.seq_length}: ours {ours:.1f} ms; transformers {text} ({how})")
-    return {"peer_cut": WHOLE, "ours_ms": ours, "transformers_ms": theirs, "how": how}
+    record: dict[str, object] = {"peer": how}
+    print(f"\npeer: {how}")
+    if found is None:
+        return record
+    here, there = ours["check"]["measured_ms"], statistics.median(found[WHOLE]["ms"])
+    print(f"{WHOLE}, {args.rows[0]} x {args.seq_length}: ours {here:.1f} ms, peer {there:.1f} ms, {there / here:.2f} x")
+    record |= {"cut": WHOLE, "ours_ms": here, "peer_ms": there}
+    found, how = peer_ms([BASE, *CUTS.values()], args)
+    free()
+    if found is None:
+        print(f"its blocks: {how}")
+        return record
+    ms = median(differences(found, "ms"))
+    for x in LAYERS:
+        mine = ours["block_ms"][x]
+        print(f"{NAMES[x]:22} ours {mine:6.2f} ms, peer {ms[x]:6.2f} ms, {ms[x] / mine:.2f} x")
+    whole = sum(n * ms[x] for x, n in LAYERS.items())
+    rate = 1e3 * args.rows[0] * args.seq_length / whole
+    print(
+        f"52 layers: ours {ours['tokens_per_second']:,.0f} tokens/s, peer {rate:,.0f} ({whole:.1f} ms), "
+        f"{whole / ours['full_ms']:.2f} x"
+    )
+    return record | {"peer_block_ms": ms, "peer_full_ms": whole, "peer_tokens_per_second": rate}
 
 
 if __name__ == "__main__":

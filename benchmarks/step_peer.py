@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import types
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,9 +42,9 @@ def offer_convolution() -> None:
     sys.modules |= {"causal_conv1d": package, "causal_conv1d.cpp_functions": functions}
 
 
-def peer_ms(pattern: str, args: argparse.Namespace) -> tuple[float | None, str]:
-    """Milliseconds of forward and backward of one micro-batch, gradients added to those that are there; and how, or why
-    not."""
+def peer_ms(patterns: list[str], args: argparse.Namespace) -> tuple[dict[str, dict] | None, str]:
+    """Milliseconds of forward and backward of one micro-batch, gradients added to those that are there, of models of
+    these patterns in turns and round by round (`{pattern: {"ms": [...]}}`); and how, or why not."""
     from benchmarks.step import in_turns, steady
     from nano3.cli import parser, resolve
     from nano3.hf import config_json
@@ -55,24 +55,27 @@ def peer_ms(pattern: str, args: argparse.Namespace) -> tuple[float | None, str]:
         from transformers import AutoModelForCausalLM, NemotronHConfig, __version__
     except ImportError as error:
         return None, str(error)
-    settings = ["--mode", "pretrain", "--preset", "nano-30b-a3b", f"model.hybrid_override_pattern={pattern}"]
-    config = resolve(parser().parse_args([*settings, *args.set]))[0].model
     how = f"transformers {__version__}, {'mamba-ssm' if kernels else 'its own SSD'}, grouped_mm, sdpa"
-    try:
+
+    def made(pattern: str) -> torch.nn.Module:
+        settings = ["--mode", "pretrain", "--preset", "nano-30b-a3b", f"model.hybrid_override_pattern={pattern}"]
+        config = resolve(parser().parse_args([*settings, *args.set]))[0].model
         theirs = NemotronHConfig(**json.loads(config_json(config, None, "BF16")))
         with torch.device(args.device):
             model = AutoModelForCausalLM.from_config(
                 theirs, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation="grouped_mm"
             )
-        model.train()
-        ids = torch.randint(config.vocab_size, (args.rows[0], args.seq_length), device=args.device)
+        return model.train()
 
-        def step(n: int) -> None:
-            for _ in range(n):
-                model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    def step(model: torch.nn.Module, n: int) -> None:
+        for _ in range(n):
+            ids = torch.randint(model.config.vocab_size, (args.rows[0], args.seq_length), device=args.device)
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-        n = args.micro_batches
-        one, several = in_turns([lambda: step(1), lambda: step(n)], args.warm_up, args.rounds)
-        return statistics.median(steady(one, several, n)), how
+    try:
+        n, models = args.micro_batches, [made(pattern) for pattern in patterns]
+        times = in_turns([partial(step, m, k) for m in models for k in (1, n)], args.warm_up, args.rounds)
+        each = zip(patterns, times[::2], times[1::2], strict=True)
+        return {pattern: {"ms": steady(one, several, n)} for pattern, one, several in each}, how
     except Exception as error:  # a peer that fails is a result too
         return None, f"{how}: {type(error).__name__}: {str(error)[:300]}"
