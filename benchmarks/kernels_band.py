@@ -173,7 +173,7 @@ def add_norm_problem(T: int, dtype: torch.dtype, width: int = D) -> Problem:
         f"T={T} D={width}",
         [randn(T, width, dtype=dtype), randn(T, width, dtype=dtype), weights(width, dtype=dtype)],
         [randn(T, width, dtype=dtype), randn(T, width, dtype=dtype)],
-        lambda x, r, w: rms_norm.add_rms_norm(x, r, w, EPS),
+        lambda x, r, w: rms_norm.join_rms_norm(x, (r,), w, EPS)[::-1],
         reference,
         peers,
         T * width,
@@ -245,7 +245,9 @@ def conv_problem(
 
 
 compiled_norm = torch.compile(rms_norm.rms_norm_reference, dynamic=False)
-compiled_add_norm = torch.compile(rms_norm.add_rms_norm_reference, dynamic=False)
+compiled_add_norm = torch.compile(
+    lambda x, r, w, eps: rms_norm.join_rms_norm_reference(x, (r,), w, eps)[::-1], dynamic=False
+)
 compiled_gated_norm = torch.compile(gated_norm.gated_rms_norm_reference, dynamic=False)
 compiled_relu2 = torch.compile(relu2.relu2_reference, dynamic=False)
 compiled_conv = torch.compile(conv1d.causal_conv1d_reference, dynamic=False)

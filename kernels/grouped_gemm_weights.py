@@ -18,10 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels._common import INTERPRET
 from kernels.gradient_sink import GradientSink
 from kernels.grouped_gemm_configs import Config, describe, describe_matrices, resident_programs
 from kernels.grouped_gemm_ragged import describe_ragged, halves, load_ragged
 from kernels.permute import Tiles
+
+INTERPRETED = tl.constexpr(INTERPRET)
+FEW_ROWS = 768  # of an expert: below, storing its gradient takes longer than the products
 
 
 @triton.jit
@@ -61,13 +65,18 @@ def _store(
     mask = (rows < M - m0)[:, None] & (cols < N)[None, :]
     # 32-bit offsets from a 64-bit base: fewer registers.
     ptrs = out_ptr + (tl.cast(e, tl.int64) * M + m0) * N + (rows[:, None] * N + cols[None, :])
-    if ACCUMULATE:
-        acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    out = acc.to(out_ptr.dtype.element_ty)
     if out_desc is None:
-        tl.store(ptrs, out, mask=mask)
+        if ACCUMULATE:
+            acc += tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
     else:
-        out_desc.store([e, m0, n0], tl.reshape(out, [1, BLOCK_M, BLOCK_N]))
+        out = tl.reshape(acc.to(out_ptr.dtype.element_ty), [1, BLOCK_M, BLOCK_N])
+        if not ACCUMULATE:
+            out_desc.store([e, m0, n0], out)
+        elif INTERPRETED:  # it has no additions by descriptor
+            out_desc.store([e, m0, n0], out + out_desc.load([e, m0, n0]))
+        else:  # atomic, but every number has one program that adds to it, once: equal inputs, equal bits
+            out_desc.atomic_add([e, m0, n0], out)
 
 
 @triton.jit
@@ -172,6 +181,25 @@ def _weights_kernel(
                 extra = tl.zeros([BLOCK_M, EXTRA_N], tl.float32)
 
 
+def _for_sums(c: Config, dtype: torch.dtype, add: bool, left: bool, few: bool) -> Config:
+    """The tiles of a product that goes into a buffer of that dtype; few: rows to an expert.
+
+    Where rows are few the buffer's traffic is what takes the time, and where they are many, the products.  The copy
+    engine can store a tile, and add one to fp32, while the next tile is computed, if it leaves shared memory enough
+    for the loads.  It pays where it is asked for here (H100, benchmarks/RESULTS.md).
+    """
+    c = c._replace(extra_n=0)
+    if not c.copy:  # row numbers take registers, too: the sum so far comes in quarters of a tile
+        return c._replace(store=False, split=4)
+    if add and dtype == torch.float32 and not left:
+        half = c._replace(block_n=c.block_n // 2, store=True, split=2)
+        return half if few else c._replace(stages=min(c.stages, 3), store=True, split=2)
+    if not add and few:
+        return c._replace(store=True, split=4)
+    # The sum so far passes through shared memory in fp32 and through registers beside the accumulators: in halves.
+    return c._replace(stages=min(c.stages, 3), store=False, split=2)
+
+
 def weight_gradient(
     gathered: Tensor,
     fixed: Tensor,
@@ -191,11 +219,7 @@ def weight_gradient(
     E = tiles.offsets_E1.numel() - 1
     buffer, add = (None, False) if sink is None else sink.open()
     if buffer is not None:
-        # The sum so far passes through shared memory in fp32 and through registers beside the accumulators, so it comes
-        # in halves of a tile, or in quarters where row numbers take registers too.  There is no room for extra columns,
-        # for a fourth stage of all-TMA loads or for a TMA store.
-        stages = min(c.stages, 3) if c.copy else c.stages
-        c = c._replace(extra_n=0, stages=stages, store=False, split=2 if c.copy else 4)
+        c = _for_sums(c, buffer.dtype, add, left, fixed.shape[0] < FEW_ROWS * E)
     M, N = (gathered.shape[1], fixed.shape[1]) if left else (fixed.shape[1], gathered.shape[1])
     out = torch.empty(E, M, N, dtype=gathered.dtype, device=gathered.device) if buffer is None else buffer
     desc = describe(fixed, c.block_k, c.block_n if left else c.block_m)

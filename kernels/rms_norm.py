@@ -1,17 +1,21 @@
-"""RMSNorm, alone, with the residual add in front of it fused in, and with that of its gradient.
+"""RMSNorm, alone, and as the place where the residual stream is summed, forwards and backwards.
 
     y[t] = x[t] * rstd[t] * weight,     rstd[t] = 1 / sqrt(mean(x[t]^2) + eps)          (arXiv:1910.07467, eq. 4)
 
-The weight is applied in fp32, before the one rounding.  `add_rms_norm` first forms the new residual stream
-s = x + residual, rounded to x's dtype, and normalises that rounded s: the same numbers as an addition followed by
-`rms_norm`.  `fork_rms_norm` hands x on beside y, for the residual stream goes both ways: into the norm, and past it.
-The two gradients meet in the backward kernel instead of in an addition of their own, with the same numbers.
+The weight is applied in fp32, before the one rounding.  `join_rms_norm` first forms the new stream s = x + summands,
+rounded once to x's dtype, and normalises that rounded s: with one summand the same numbers as an addition followed by
+`rms_norm`.  It hands s on beside y, for the stream goes both ways, into the norm and past it, and it gives y to several
+readers by as many names: the gradients of all of them, and that of s, meet in the backward kernel instead of in
+additions of their own.
 
-Memory: the backward keeps x (or s) and computes rstd again, one multiply-add per element that is read anyway.  Traffic
-in elements: 2 T D forward and 3 T D backward; with the add 4 T D each way.  All are limited by bandwidth.
+Memory: the backward keeps s (or x) and computes rstd again, one multiply-add per element that is read anyway.  Traffic
+in elements: 2 T D forward and 3 T D backward; T D more for s and for each summand, reader and gradient that joins.  All
+are limited by bandwidth.
 """
 
 from __future__ import annotations  # so that tl.constexpr is not looked up where there is no triton
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,19 +34,23 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (u * (u.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(u.dtype)).to(x.dtype)
 
 
-def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    new_residual = (x + residual).to(x.dtype)
-    return rms_norm_reference(new_residual, weight, eps), new_residual
+def join_rms_norm_reference(
+    x: Tensor, summands: Sequence[Tensor], weight: Tensor, eps: float, readers: int = 1
+) -> tuple[Tensor, ...]:
+    total = x
+    if summands:
+        total = sum((t.to(accumulate_dtype(x)) for t in summands), start=x.to(accumulate_dtype(x))).to(x.dtype)
+    return total, *[rms_norm_reference(total, weight, eps)] * readers
 
 
 @jit(do_not_specialize=["T"])  # steps = 1 is compiled by itself, without the loop
 def _fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, T, steps, x_stride, residual_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, a_ptr, b_ptr, weight_ptr, y_ptr, sum_ptr, T, steps, x_stride, a_stride, b_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SUMMANDS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile of ROWS rows, `steps` of them.
 
-    x, residual (T, D) with row strides; y, sum (T, D) contiguous; weight (D,).
+    x and the summands a and b (T, D) with row strides; y, sum (T, D) contiguous; weight (D,).
     """
     first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
@@ -51,8 +59,10 @@ def _fwd_kernel(
         rows = first + step * (tl.num_programs(0) * ROWS)
         mask = (rows < T) & (cols < D)
         x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-        if ADD:
-            x += tl.load(residual_ptr + rows * residual_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        if SUMMANDS > 0:
+            x += tl.load(a_ptr + rows * a_stride + cols, mask=mask, other=0.0).to(tl.float32)
+            if SUMMANDS > 1:
+                x += tl.load(b_ptr + rows * b_stride + cols, mask=mask, other=0.0).to(tl.float32)
             rounded = x.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + rows * D + cols, rounded, mask=mask)
             x = rounded.to(tl.float32)  # what the next layer will read is what is normalised
@@ -60,32 +70,41 @@ def _fwd_kernel(
         tl.store(y_ptr + rows * D + cols, x * rstd * weight, mask=mask)
 
 
-def _forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
-    """x, residual: (T, D), last dimension contiguous.  Returns y and, with a residual, the sum."""
+def _three(tensors: Sequence[Tensor]) -> tuple[list[Tensor | None], list[int]]:
+    """Up to three tensors and their row strides, as a kernel takes them."""
+    absent = [None] * (3 - len(tensors))
+    return [*tensors, *absent], [*(t.stride(0) for t in tensors), *(0 for _ in absent)]
+
+
+def _forward(x: Tensor, summands: Sequence[Tensor], weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    """x and at most two summands: (T, D), last dimension contiguous.  Returns y and, with summands, the sum."""
     T, D = x.shape
     y = torch.empty(T, D, dtype=x.dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(y)
-    residual_stride = 0 if residual is None else residual.stride(0)
+    total = torch.empty_like(y) if summands else None
+    tensors, strides = _three([x, *summands])
     rows, block, warps = tile_of(D, FORWARD)
     programs, steps = walk(triton.cdiv(T, rows), FORWARD, x)
-    stages = stages_of(FORWARD, 2 * rows * block, x)
+    stages = stages_of(FORWARD, (1 + len(summands)) * rows * block, x)
     _fwd_kernel[(programs,)](
-        x, residual, weight, y, total, T, steps, x.stride(0), residual_stride, eps,
-        D=D, ROWS=rows, BLOCK=block, ADD=residual is not None, STAGES=stages, num_warps=warps,
+        *tensors, weight, y, total, T, steps, *strides, eps,
+        D=D, ROWS=rows, BLOCK=block, SUMMANDS=len(summands), STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return y, total
 
 
 # With n = x * rstd and m = mean(weight * dy * n):   dx = rstd * (weight * dy - n * m),   dweight = sum_t dy * n.
-# With the residual add, both addends receive dx plus the gradient that reaches the sum from later layers.
+# Every summand receives dx plus the gradient that reaches the sum from later layers.
 @jit(do_not_specialize=["T", "steps"])
 def _bwd_kernel(
-    x_ptr, weight_ptr, dy_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, steps, x_stride, dy_stride, dsum_stride, eps,
-    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, weight_ptr, dy_ptr, dy2_ptr, dy3_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, steps, x_stride, dy_stride,
+    dy2_stride, dy3_stride, dsum_stride, eps,
+    D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, READERS: tl.constexpr, ADD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile of ROWS rows, `steps` of them.
 
-    x, dy, dsum (T, D) with row strides; dx (T, D) contiguous; dweight (num_programs, D) fp32, a partial sum of each.
+    x, the readers' dy and dsum (T, D) with row strides; dx (T, D) contiguous; dweight (num_programs, D) fp32, a partial
+    sum of each.
     """
     first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     cols = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
@@ -96,6 +115,10 @@ def _bwd_kernel(
         mask = (rows < T) & (cols < D)
         x = tl.load(x_ptr + rows * x_stride + cols, mask=mask, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
         dy = tl.load(dy_ptr + rows * dy_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        if READERS > 1:
+            dy += tl.load(dy2_ptr + rows * dy2_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        if READERS > 2:
+            dy += tl.load(dy3_ptr + rows * dy3_stride + cols, mask=mask, other=0.0).to(tl.float32)
         wdy = weight * dy
         rstd = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) * (1.0 / D) + eps)  # [ROWS, 1]
         m = tl.sum(wdy * x, axis=1, keep_dims=True) * rstd * (1.0 / D)
@@ -111,18 +134,21 @@ def _bwd_kernel(
     tl.store(dweight_ptr + tl.program_id(0) * D + cols, dweight, mask=cols < D)
 
 
-def _backward(x: Tensor, weight: Tensor, dy: Tensor, dsum: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """x, dy, dsum: (T, D), last dimension contiguous.  Returns dx in x's dtype and dweight in weight's."""
+def _backward(
+    x: Tensor, weight: Tensor, dys: Sequence[Tensor], dsum: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x, 1 to 3 dys, dsum: (T, D), last dimension contiguous.  Returns dx in x's dtype and dweight in weight's."""
     T, D = x.shape
     dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
     dsum_stride = 0 if dsum is None else dsum.stride(0)
+    tensors, strides = _three(dys)
     rows, block, warps = tile_of(D, BACKWARD)
     programs, steps = walk(triton.cdiv(T, rows), BACKWARD, x)
-    stages = stages_of(BACKWARD, 3 * rows * block, x)
+    stages = stages_of(BACKWARD, (2 + len(dys)) * rows * block, x)
     partial = torch.empty(programs, D, dtype=torch.float32, device=x.device)
     _bwd_kernel[(programs,)](
-        x, weight, dy, dsum, dx, partial, T, steps, x.stride(0), dy.stride(0), dsum_stride, eps,
-        D=D, ROWS=rows, BLOCK=block, ADD=dsum is not None, STAGES=stages, num_warps=warps,
+        x, weight, *tensors, dsum, dx, partial, T, steps, x.stride(0), *strides, dsum_stride, eps,
+        D=D, ROWS=rows, BLOCK=block, READERS=len(dys), ADD=dsum is not None, STAGES=stages, num_warps=warps,
     )  # fmt: skip
     return dx, sum_partials(partial, weight.dtype)
 
@@ -133,57 +159,37 @@ class _RMSNorm(torch.autograd.Function):
         rows = as_rows(x)
         ctx.save_for_backward(rows, weight)
         ctx.eps = eps
-        return _forward(rows, None, weight, eps)[0].view(x.shape)
+        return _forward(rows, (), weight, eps)[0].view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx, dweight = _backward(x, weight, as_rows(dy), None, ctx.eps)
+        dx, dweight = _backward(x, weight, [as_rows(dy)], None, ctx.eps)
         return dx.view(dy.shape), dweight, None
 
 
-class _AddRMSNorm(torch.autograd.Function):
+class _JoinRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, total = _forward(as_rows(x), as_rows(residual), weight, eps)
-        total = total.view(x.shape)
-        ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.residual_dtype = eps, residual.dtype
-        ctx.set_materialize_grads(False)  # either output may go unused
-        return y.view(x.shape), total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor | None, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
-        total, weight = ctx.saved_tensors
-        if dy is None:
-            dx, dweight = dtotal, None
-        else:
-            dx, dweight = _backward(
-                as_rows(total), weight, as_rows(dy), None if dtotal is None else as_rows(dtotal), ctx.eps
-            )
-            dx = dx.view(total.shape)
-        return dx, None if dx is None else dx.to(ctx.residual_dtype), dweight, None
-
-
-class _ForkRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx, weight: Tensor, eps: float, readers: int, x: Tensor, *summands: Tensor) -> tuple[Tensor, ...]:
         rows = as_rows(x)
-        ctx.save_for_backward(rows, weight)
-        ctx.eps = eps
-        ctx.set_materialize_grads(False)  # either output may go unused
-        return _forward(rows, None, weight, eps)[0].view(x.shape), x.view_as(x)
+        y, total = _forward(rows, [as_rows(t) for t in summands], weight, eps)
+        ctx.save_for_backward(rows if total is None else total, weight)
+        ctx.eps, ctx.dtypes = eps, [t.dtype for t in (x, *summands)]
+        ctx.set_materialize_grads(False)  # any output may go unused
+        y = y.view(x.shape)
+        return x.view_as(x) if total is None else total.view(x.shape), y, *(y.view_as(y) for _ in range(readers - 1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        if dy is None:
-            return dx, None, None
-        found, dweight = _backward(x, weight, as_rows(dy), None if dx is None else as_rows(dx), ctx.eps)
-        return found.view(dy.shape), dweight, None
+    def backward(ctx, dtotal: Tensor | None, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        given, dweight = [as_rows(dy) for dy in dys if dy is not None], None
+        if given:
+            shape = next(dy.shape for dy in dys if dy is not None)
+            dx, dweight = _backward(total, weight, given, None if dtotal is None else as_rows(dtotal), ctx.eps)
+            dtotal = dx.view(shape)
+        return dweight, None, None, *(None if dtotal is None else dtotal.to(dtype) for dtype in ctx.dtypes)
 
 
 def _runs(x: Tensor, weight: Tensor, backend: str) -> bool:
@@ -203,26 +209,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     return _RMSNorm.apply(x, weight, eps)
 
 
-def fork_rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Returns y = rms_norm(x) and x, so that both gradients of x are added in one kernel.
+def join_rms_norm(
+    x: Tensor, summands: Sequence[Tensor], weight: Tensor, eps: float, readers: int = 1, backend: str = "auto"
+) -> tuple[Tensor, ...]:
+    """Returns the stream s = x + summands, rounded once to x's dtype, and rms_norm(s) `readers` times.
 
-    All as for `rms_norm`; differentiable through both outputs.
+    x: (..., D), the stream; summands: none, one or two of x's shape, what layers add to it; weight: (D,); readers: 1 to
+    3.  All as for `rms_norm`; differentiable through every output, in one kernel.  Raises ValueError on what does not
+    fit.
     """
+    if len(summands) > 2 or not 0 < readers < 4:
+        raise ValueError(f"join_rms_norm: {len(summands)} summands and {readers} readers; up to 2, and 1 to 3")
+    for t in summands:
+        if t.shape != x.shape:
+            raise ValueError(f"join_rms_norm: x {tuple(x.shape)} and a summand {tuple(t.shape)} differ")
     if not _runs(x, weight, backend):
-        return rms_norm_reference(x, weight, eps), x
-    return _ForkRMSNorm.apply(x, weight, eps)
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """Returns y = rms_norm(new_residual) and new_residual = x + residual, both (..., D) in x's dtype.
-
-    x, residual: (..., D), the output of a layer and the stream it is added to; weight: (D,).  Differentiable in all
-    three, through both outputs, in one kernel.  Raises ValueError on shapes that do not fit.
-    """
-    if residual.shape != x.shape:
-        raise ValueError(f"add_rms_norm: x {tuple(x.shape)} and residual {tuple(residual.shape)} differ")
-    if not _runs(x, weight, backend):
-        return add_rms_norm_reference(x, residual, weight, eps)
-    return _AddRMSNorm.apply(x, residual, weight, eps)
+        return join_rms_norm_reference(x, summands, weight, eps, readers)
+    return _JoinRMSNorm.apply(weight, eps, readers, x, *summands)

@@ -152,11 +152,11 @@ def route_forward(
 # With W = sum_k s_k and w_k = scale s_k / W:   ds_k = scale (dw_k - sum_j dw_j s_j / W) / W;   dl = ds s (1 - s).
 @triton.jit
 def _dlogits_kernel(
-    dscores_ptr, dweights_ptr, scores_ptr, experts_ptr, dlogits_ptr, T, scale,
+    dscores_ptr, dweights_ptr, scores_ptr, experts_ptr, dlogits_ptr, pieces_ptr, T, scale,
     E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
     HAS_DSCORES: tl.constexpr, HAS_DWEIGHTS: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T tokens.  dlogits (T, E) fp32."""
+    """One program: BLOCK_T tokens.  dlogits (T, E) fp32; pieces, if given, (T, 2, E): two bf16 that add up to it."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     live = t < T
     t = t.to(tl.int64)
@@ -183,6 +183,9 @@ def _dlogits_kernel(
             ds += tl.where(col[None, :] == e[:, None], ds_k[:, None], 0.0)
     dlogits = ds * scores * (1.0 - scores)
     tl.store(dlogits_ptr + t[:, None] * E + col[None, :], dlogits, mask=mask)
+    if pieces_ptr is not None:
+        for i in tl.static_range(2):
+            tl.store(pieces_ptr + (2 * t[:, None] + i) * E + col[None, :], _rest(dlogits, i), mask=mask)
 
 
 @triton.jit
@@ -244,13 +247,18 @@ def route_backward(
     (T, D), (E, K) = x.shape, (w.shape[0], experts.shape[1])
     blocks = _blocks(E, x)
     dlogits = torch.empty_like(scores)
+    pieces = None
+    if need_dx and _splits(x, w) and w.dtype == x.dtype:
+        pieces = torch.empty(T, 2 * E, dtype=x.dtype, device=x.device)
     few = max(2, 2048 // blocks["E_PAD"])  # few tokens: a thread keeps K ids and gradients of each of its rows
     _dlogits_kernel[(triton.cdiv(T, few),)](
-        dscores, dweights, scores, experts, dlogits, T, scale, E=E, E_PAD=blocks["E_PAD"], K=K, NORM=norm,
+        dscores, dweights, scores, experts, dlogits, pieces, T, scale, E=E, E_PAD=blocks["E_PAD"], K=K, NORM=norm,
         HAS_DSCORES=dscores is not None, HAS_DWEIGHTS=dweights is not None, BLOCK_T=few, num_warps=4,
     )  # fmt: skip
     dx = None
-    if need_dx:
+    if pieces is not None:  # one product of bf16, which cuBLAS has four times faster than `_dx_kernel`
+        dx = pieces @ torch.cat([w, w])
+    elif need_dx:
         dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
         block_t, block_d, block_e = (16, 32, 16) if INTERPRET else (64, 128, 64)
         _dx_kernel[(triton.cdiv(D, block_d), triton.cdiv(T, block_t))](

@@ -6,6 +6,7 @@ checkpoint's name is the path of an attribute here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
@@ -27,6 +28,7 @@ from nano3.parallel.expert import remember
 from nano3.parallel.mesh import ALONE, Mesh
 from nano3.parallel.tensor import leave
 
+Stream = tuple[Tensor, ...]  # summands, each (B, S / tp, D)
 MIXERS = {
     "M": Mamba,
     "E": MoE,
@@ -36,7 +38,11 @@ MIXERS = {
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)).  One mixer per block; there is no separate MLP sub-layer."""
+    """x + mixer(norm(x)).  One mixer per block; there is no separate MLP sub-layer.
+
+    Between blocks the stream is a tuple of summands: what it was before the last block, and what that block gave.  The
+    norm of the next block reads all of it anyway, and forms the sum.
+    """
 
     def __init__(self, c: ModelConfig, letter: str, mesh: Mesh) -> None:
         super().__init__()
@@ -44,11 +50,13 @@ class Block(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.layer_norm_epsilon, c.kernels.rms_norm)
         self.mixer = MIXERS[letter](c, mesh)
 
-    def forward(self, x: Tensor, rows: Rows, cache: LayerState, whole: bool) -> tuple[Tensor, Balance | None]:
-        u, x = self.norm.fork(x)
-        y = self.mixer(u, rows, cache, whole)
-        y, balance = y if isinstance(y, tuple) else (y, None)
-        return x + y, balance
+    def forward(self, stream: Stream, rows: Rows, cache: LayerState, whole: bool) -> tuple[Stream, Balance | None]:
+        if self.kind == "moe":
+            x, *u = self.norm.join(*stream, readers=self.mixer.READERS)
+            y, balance = self.mixer(u, rows, cache, whole)
+            return (x, *y), balance
+        x, u = self.norm.join(*stream)
+        return (x, self.mixer(u, rows, cache, whole)), None
 
     def step(self, x: Tensor, cache: LayerState) -> Tensor:  # (B, D) -> (B, D)
         return x + self.mixer.step(self.norm(x), cache)
@@ -64,6 +72,11 @@ def _passes() -> tuple[AbstractContextManager, AbstractContextManager]:
             yield
 
     return first, second()
+
+
+def total(stream: Stream) -> Tensor:
+    """The stream, formed."""
+    return functools.reduce(torch.add, stream)
 
 
 class Output(NamedTuple):
@@ -127,18 +140,21 @@ class Nano3(nn.Module):
         if start == 0:
             x = self.embed(x, whole)
         rows = rows_of(seq_idx, real, self.mesh.tp)
-        balance = []
+        stream, balance = (x,), []
         for i in range(start, stop):
             block, state = self.layers[str(i)], None if cache is None else cache[i]
             if self.training and block.kind in self.recompute:
+                stream = (total(stream),)  # its summands would all be kept
                 # Nothing in a block is random.
                 options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _passes}
-                x, report = checkpoint(block, x, rows, state, whole, **options)
+                stream, report = checkpoint(block, stream, rows, state, whole, **options)
             else:
-                x, report = block(x, rows, state, whole)
+                stream, report = block(stream, rows, state, whole)
             if report is not None:
                 balance.append(report)
-        return Output(self.norm_f(x) if self.is_end(part) else x, balance)
+        if not self.is_end(part):
+            return Output(total(stream), balance)
+        return Output(self.norm_f.join(*stream)[1], balance)
 
     def step(self, x: Tensor, cache: list[LayerState], part: int = 0) -> Tensor:
         """One token of decoding per sequence: (B,) ids, or (B, D) -> (B, D).  Moves the cache on by one token."""

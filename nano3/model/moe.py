@@ -7,6 +7,7 @@ sequence pushes the scores themselves.  Routing and both statistics are fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,13 @@ class Experts(nn.Module):
 
 class MoE(nn.Module):
     """Routing looks at the tokens that a rank holds, while those of the other tp ranks come in for the shared expert.
-    Its first product is computed while tokens travel to their experts' ranks, its second while they travel back."""
+    Its first product is computed while tokens travel to their experts' ranks, its second while they travel back.
+
+    The input comes by three names, for the shared expert, the router and the routed experts: their gradients are then
+    added where they arrive.  The output, likewise, is in summands.
+    """
+
+    READERS = 3
 
     def __init__(self, c: ModelConfig, mesh: Mesh = ALONE) -> None:
         super().__init__()
@@ -97,37 +104,42 @@ class MoE(nn.Module):
         self.shared_experts = MLP(c.hidden_size, c.moe_shared_expert_intermediate_size, mesh, c.kernels.relu2)
 
     def forward(
-        self, u: Tensor, rows: Rows, cache: None, whole: bool
-    ) -> tuple[Tensor, Balance | None]:  # (B, S / tp, D) -> (B, S / tp, D)
+        self, inputs: Sequence[Tensor], rows: Rows, cache: None, whole: bool
+    ) -> tuple[tuple[Tensor, ...], Balance | None]:  # each (B, S / tp, D)
+        u, for_router, for_experts = inputs
         gathering = depart_enter(u, self.tp, whole)
-        x = u.flatten(0, -2)
         divided = whole and self.tp.size > 1  # ranks that hold all tokens share them
         mine = slice(self.tp.rank, None, self.tp.size)
-        part = x[mine] if divided else x  # not x[:], whose gradient is a copy into a tensor of zeros
-        routes = self.gate(part)
+
+        def part(t: Tensor) -> Tensor:
+            t = t.flatten(0, -2)
+            return t[mine] if divided else t  # not t[:], whose gradient is a copy into a tensor of zeros
+
+        routes = self.gate(part(for_router))
         counts = expert_counts(routes.experts_TK, self.E, self.gate.backend)
-        trip = Trip(part, routes.weights_TK, routes.experts_TK, counts, self.ep, self.gate.backend)
+        trip = Trip(part(for_experts), routes.weights_TK, routes.experts_TK, counts, self.ep, self.gate.backend)
         hidden = self.shared_experts.hidden(arrive(gathering))
         trip.depart_home(self.experts(*trip.arrive()))
         y = self.shared_experts.down_proj(hidden)
         if divided:
+            x = u.flatten(0, -2)
             place = torch.arange(len(x), device=x.device)[mine]
             routed = torch.zeros_like(x).index_copy(0, place, trip.arrive_home())
-            return leave(y + routed.view_as(u), self.tp, whole), None
+            return (leave(y + routed.view_as(u), self.tp, whole),), None
         scattering = depart_leave(y, self.tp, whole)
-        routed = trip.arrive_home()
-        y = arrive(scattering) + routed.view_as(u)
+        routed = trip.arrive_home().view_as(u)
+        out = arrive(scattering), routed
         if not self.training:
-            return y, None
+            return out, None
         scores = routes.scores_TE.view(*u.shape[:-1], self.E)
         if rows.real is not None:  # padding is computed like any token, and counted nowhere
             real = routes.experts_TK.where(rows.real.reshape(-1, 1), self.E)
             counts = expert_counts(real, self.E + 1, self.gate.backend)[:-1]
         aux = sequence_balance_loss(scores, self.K, self.tp, rows.real, rows.document, self.gate.backend)
-        return y, Balance(aux, counts)
+        return out, Balance(aux, counts)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        return self(u, Rows(), None, whole=True)[0]
+        return sum(self((u,) * self.READERS, Rows(), None, whole=True)[0])
 
 
 def sequence_balance_loss(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.rms_norm import fork_rms_norm, rms_norm
+from kernels.rms_norm import join_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -15,6 +15,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
         return rms_norm(x, self.weight, self.eps, self.backend)
 
-    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of x, and x for the way past it: their gradients are then added in the norm's backward kernel."""
-        return fork_rms_norm(x, self.weight, self.eps, self.backend)
+    def join(self, x: Tensor, *summands: Tensor, readers: int = 1) -> tuple[Tensor, ...]:
+        """The stream x + summands, then its norm once for each of its readers, whose gradients are added in the norm's
+        backward kernel."""
+        return join_rms_norm(x, summands, self.weight, self.eps, readers, self.backend)

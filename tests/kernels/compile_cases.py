@@ -29,7 +29,7 @@ from kernels.mamba_mixer import Sizes as MixerSizes
 from kernels.mamba_mixer import mamba_mixer
 from kernels.permute import copy_rows, tiles_from_counts, zero_tail
 from kernels.relu2 import relu2
-from kernels.rms_norm import add_rms_norm, fork_rms_norm, rms_norm
+from kernels.rms_norm import join_rms_norm, rms_norm
 from kernels.routing import expert_counts, route
 from kernels.ssd import ssd, ssd_step
 from tests.kernels.compile_driver import ARCHITECTURES, DTYPES, Job
@@ -100,9 +100,10 @@ def backward(*outputs: Tensor | None) -> None:
 def norm(s: Sizes, dtype: torch.dtype) -> None:
     x, weight = cuda(s.T, s.D, dtype=dtype), cuda(s.D, dtype=dtype)
     backward(rms_norm(x, weight, 1e-5))
-    residual = cuda(s.T, s.D, dtype=dtype)
-    backward(*add_rms_norm(x, residual, weight, 1e-5))
-    backward(*fork_rms_norm(x, weight, 1e-5))
+    summands = [cuda(s.T, s.D, dtype=dtype) for _ in range(2)]
+    backward(*join_rms_norm(x, (), weight, 1e-5))
+    backward(*join_rms_norm(x, summands[:1], weight, 1e-5))
+    backward(*join_rms_norm(x, summands, weight, 1e-5, 3))
 
 
 @case()

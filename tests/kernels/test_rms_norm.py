@@ -1,4 +1,4 @@
-"""RMSNorm and the fused residual add against float64, forward and every gradient."""
+"""RMSNorm, alone and where the stream is summed, against float64, forward and every gradient."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernels.rms_norm
 from kernels._bandwidth import Launch
-from kernels.rms_norm import add_rms_norm, add_rms_norm_reference, fork_rms_norm, rms_norm, rms_norm_reference
+from kernels.rms_norm import join_rms_norm, join_rms_norm_reference, rms_norm, rms_norm_reference
 from tests.kernels.conftest import assert_as_accurate, relative_error
 
 # fp32: an element goes through about ten roundings of 6e-8 and a sum of up to a few thousand terms, whose error the
@@ -31,6 +31,16 @@ def run(f: Callable, inputs: list[Tensor], grads: list[Tensor], dtype: torch.dty
     return {f"output {i}": t for i, t in enumerate(out)} | {f"gradient {i}": t for i, t in enumerate(got)}
 
 
+def join(readers: int, f: Callable = join_rms_norm) -> Callable:
+    """join_rms_norm as a function of the stream, its summands and the weight."""
+    return lambda x, *rest: f(x, rest[:-2], rest[-2], rest[-1], readers)
+
+
+def reference(readers: int) -> Callable:
+    return join(readers, join_rms_norm_reference)
+
+
+JOINS = [(0, 1), (1, 1), (2, 1), (0, 2), (1, 3), (2, 3)]  # summands, readers
 SHAPES = [(1, 16), (7, 40), (33, 129), (5, 2048), (3, 2688)]  # several rows a tile, ragged tiles, one row a tile
 
 
@@ -44,12 +54,13 @@ def test_rms_norm_fp32(T: int, D: int, device: str, poisoned_empty: None) -> Non
         assert relative_error(ours[name], truth[name]) < FP32, name
 
 
-@pytest.mark.parametrize(("T", "D"), SHAPES)
-def test_add_rms_norm_fp32(T: int, D: int, device: str, poisoned_empty: None) -> None:
-    inputs = [strided(T, D, device), strided(T, D, device), torch.rand(D, device=device) + 0.5]
-    grads = [strided(T, D, device), strided(T, D, device)]
-    ours = run(add_rms_norm, inputs, grads, torch.float32)
-    truth = run(add_rms_norm_reference, inputs, grads, torch.float64)
+@pytest.mark.parametrize(("summands", "readers"), JOINS)
+@pytest.mark.parametrize(("T", "D"), [(7, 40), (3, 2688)])
+def test_join_fp32(T: int, D: int, summands: int, readers: int, device: str, poisoned_empty: None) -> None:
+    inputs = [*(strided(T, D, device) for _ in range(1 + summands)), torch.rand(D, device=device) + 0.5]
+    grads = [strided(T, D, device) for _ in range(1 + readers)]
+    ours = run(join(readers), inputs, grads, torch.float32)
+    truth = run(reference(readers), inputs, grads, torch.float64)
     for name in truth:
         assert relative_error(ours[name], truth[name]) < FP32, name
 
@@ -61,45 +72,47 @@ def test_every_way_to_launch(
     monkeypatch.setattr(kernels.rms_norm, "FORWARD", launch)
     monkeypatch.setattr(kernels.rms_norm, "BACKWARD", launch)
     inputs = [torch.randn(13, 24, device=device), torch.randn(13, 24, device=device), torch.rand(24, device=device)]
-    ours = run(add_rms_norm, inputs, inputs[:2], torch.float32)
-    truth = run(add_rms_norm_reference, inputs, inputs[:2], torch.float64)
+    ours = run(join(1), inputs, inputs[:2], torch.float32)
+    truth = run(reference(1), inputs, inputs[:2], torch.float64)
     for name in truth:
         assert relative_error(ours[name], truth[name]) < FP32, name
 
 
-@pytest.mark.parametrize("used", [0, 1])
-def test_add_rms_norm_with_one_output_unused(used: int, device: str, poisoned_empty: None) -> None:
-    x, residual, dy = (torch.randn(3, 24, device=device) for _ in range(3))
+@pytest.mark.parametrize("used", [(0,), (1,), (3,), (0, 2), (1, 3)], ids=str)
+def test_outputs_may_go_unused(used: tuple[int, ...], device: str, poisoned_empty: None) -> None:
+    x, a, b, dy = (torch.randn(3, 24, device=device) for _ in range(4))
     weight = torch.rand(24, device=device) + 0.5
 
     def gradients(f: Callable, dtype: torch.dtype) -> list[Tensor | None]:
-        leaves = [t.to(dtype).requires_grad_() for t in (x, residual, weight)]
-        return torch.autograd.grad(f(*leaves, EPS)[used], leaves, dy.to(dtype), allow_unused=True)
+        leaves = [t.to(dtype).requires_grad_() for t in (x, a, b, weight)]
+        outputs = f(*leaves, EPS)
+        return torch.autograd.grad([outputs[i] for i in used], leaves, [dy.to(dtype)] * len(used), allow_unused=True)
 
-    for ours, truth in zip(
-        gradients(add_rms_norm, torch.float32), gradients(add_rms_norm_reference, torch.float64), strict=True
-    ):
+    for ours, truth in zip(gradients(join(3), torch.float32), gradients(reference(3), torch.float64), strict=True):
         assert (ours is None and truth is None) or relative_error(ours, truth) < FP32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
-@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both", "norm", "stream"])
-def test_a_fork_is_the_norm_and_an_addition_to_the_bit(
-    used: tuple[int, ...], dtype: torch.dtype, device: str, poisoned_empty: None
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both", "stream", "norm"])
+@pytest.mark.parametrize("summands", [0, 1])
+def test_one_summand_and_one_reader_are_additions_to_the_bit(
+    summands: int, used: tuple[int, ...], dtype: torch.dtype, device: str, poisoned_empty: None
 ) -> None:
-    x = torch.randn(2, 5, 72, device=device).transpose(0, 1).to(dtype)
+    inputs = [torch.randn(2, 5, 72, device=device).transpose(0, 1).to(dtype) for _ in range(1 + summands)]
     weight = (torch.rand(72, device=device) + 0.5).to(dtype)
     grads = [torch.randn(5, 2, 72, device=device).to(dtype) for _ in range(2)]
 
-    def gradients(f: Callable) -> list[Tensor | None]:
-        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
-        outputs = f(*leaves, EPS)
-        assert torch.equal(outputs[1], x)
-        chosen = [outputs[i] for i in used], leaves, [grads[i] for i in used]
-        return [outputs[0], *torch.autograd.grad(*chosen, allow_unused=True)]
+    def apart(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + rest[0] if summands else x.view_as(x)
+        return total, rms_norm(total, weight=rest[-2], eps=EPS)
 
-    apart = gradients(lambda x, weight, eps: (rms_norm(x, weight, eps), x.view_as(x)))
-    for a, b in zip(gradients(fork_rms_norm), apart, strict=True):
+    def gradients(f: Callable) -> list[Tensor | None]:
+        leaves = [t.clone().requires_grad_() for t in (*inputs, weight)]
+        outputs = f(*leaves, EPS)
+        chosen = [outputs[i] for i in used], leaves, [grads[i] for i in used]
+        return [*outputs, *torch.autograd.grad(*chosen, allow_unused=True)]
+
+    for a, b in zip(gradients(join(1)), gradients(apart), strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
@@ -129,7 +142,9 @@ def test_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="weight"):
         rms_norm(torch.randn(3, 8), torch.ones(7), EPS)
     with pytest.raises(ValueError, match="differ"):
-        add_rms_norm(torch.randn(3, 8), torch.randn(2, 8), torch.ones(8), EPS)
+        join_rms_norm(torch.randn(3, 8), [torch.randn(2, 8)], torch.ones(8), EPS)
+    with pytest.raises(ValueError, match="3 summands and 1 readers"):
+        join_rms_norm(torch.randn(3, 8), [torch.randn(3, 8)] * 3, torch.ones(8), EPS)
 
 
 GPU_SHAPES = [(T, 2688) for T in (1, 63, 127, 129, 4097, 8192)] + [(129, 64), (127, 1000), (63, 16384), (3, 40000)]
@@ -137,16 +152,16 @@ GPU_SHAPES = [(T, 2688) for T in (1, 63, 127, 129, 4097, 8192)] + [(129, 64), (1
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("fused", [False, True], ids=["norm", "add_norm"])
+@pytest.mark.parametrize(("summands", "readers"), [(0, 0), (1, 1), (2, 3)], ids=["norm", "join", "join_all"])
 @pytest.mark.parametrize(("T", "D"), GPU_SHAPES)
-def test_compiled(T: int, D: int, fused: bool, dtype: torch.dtype, poisoned_empty: None) -> None:
-    ours, reference = (add_rms_norm, add_rms_norm_reference) if fused else (rms_norm, rms_norm_reference)
-    inputs = [strided(T, D, "cuda", dtype) for _ in range(2 if fused else 1)]
+def test_compiled(T: int, D: int, summands: int, readers: int, dtype: torch.dtype, poisoned_empty: None) -> None:
+    ours, plain = (join(readers), reference(readers)) if readers else (rms_norm, rms_norm_reference)
+    inputs = [strided(T, D, "cuda", dtype) for _ in range(1 + summands)]
     inputs.append((torch.rand(D, device="cuda") + 0.5).to(dtype))
-    grads = [strided(T, D, "cuda", dtype) for _ in range(2 if fused else 1)]
+    grads = [strided(T, D, "cuda", dtype) for _ in range(1 + readers)]
     got = run(ours, inputs, grads, dtype)
-    eager = run(reference, inputs, grads, dtype)
-    truth = run(reference, inputs, grads, torch.float64)
+    eager = run(plain, inputs, grads, dtype)
+    truth = run(plain, inputs, grads, torch.float64)
     again = run(ours, inputs, grads, dtype)
     for name in truth:
         assert torch.equal(got[name], again[name]), f"{name} differs between two runs"

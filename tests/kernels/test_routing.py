@@ -10,6 +10,7 @@ from tests.kernels.conftest import assert_as_accurate, needs_triton, relative_er
 
 if triton is not None:
     from kernels.permute import plan_reference, plan_rows, tiles_from_counts
+    from kernels.routing_kernels import route_backward
 
 # Sums of at most a few thousand fp32 products, rounded once each, err by a few 1e-7; 1e-5 is what issue 3 asks for.
 FP32 = 1e-5
@@ -92,6 +93,20 @@ def test_route_with_one_gradient_only(which: str, device: str) -> None:
     truth, _ = run(*double, lambda x, w: given_choice(x, w, r.experts_TK, True, 2.5))
     for name, ours, true in zip(NAMES, got, truth, strict=True):
         assert relative_error(ours, true) < FP32, name
+
+
+@needs_triton
+@pytest.mark.usefixtures("poisoned_empty")
+def test_dx_of_bf16_is_rounded_once(device: str) -> None:
+    """The gradient of the logits goes through bf16 in two pieces, which hold 16 bits of it; one would double the error
+    of rounding dx itself (1.1: what is left of the second piece's rounding, and the luck of 2,000 numbers)."""
+    x, w, bias, dscores, dweights = make(50, 40, 12, 4, device)
+    double = [t.bfloat16().double() for t in (x, w)] + [dscores.double(), dweights.double()]
+    chosen = route_reference(*double[:2], bias, 4).experts_TK
+    (scores, _, truth, _), _ = run(*double, lambda x, w: given_choice(x, w, chosen, True, 2.5))
+    saved = x.bfloat16(), w.bfloat16(), scores.detach().float(), chosen
+    dx, _ = route_backward(dscores, dweights, *saved, True, 2.5, need_dx=True, need_dw=False)
+    assert relative_error(dx, truth) < 1.1 * relative_error(truth.bfloat16(), truth)
 
 
 @needs_triton
