@@ -5,17 +5,17 @@
 
 Cuts of the model are trained on random tokens: `ME*`, the same with one block more of a kind, and `MEMEM*EME`.  A GPU's
 clock drifts by more than a block costs, so all cuts are there at once and are measured in turns, a step of one
-micro-batch and one of several of each in every round, every other round backwards; a block's cost is the median over
-the rounds of a difference within the round, and its spread the distance between the quartiles.  What `ME*` costs beyond
-its three blocks is embedding, head and loss.
+micro-batch and one of several of each in every round, every other round backwards.  In each round the costs of the kinds
+of block and of the ends (embedding, head and loss) are those that explain the cuts best, by least squares; given are
+medians over the rounds, and as spread the distance between the quartiles.
 
 A micro-batch is a forward and a backward pass with its gradients added to the sums; the first of a step, which stores
 them instead and has the step's launches to itself, is listed beside.  `busy` is the time in which the GPU ran a kernel,
-by the profiler, in the same way.  Tokens/s of the full depth = tokens / (23 M + 23 E + 6 * + ends).  `MEMEM*EME`, which
-is in no sum, says whether such sums hold.
+by the profiler, in the same way.  Tokens/s of the full depth = tokens / (23 M + 23 E + 6 * + ends).  `MEMEM*EME` is
+compared with the sum of its parts.
 
---peer: transformers' models of the same cuts right after, warmed up alike, with grouped products, mamba-ssm's Triton
-kernels if $MAMBA_SSM names their folder, and our convolution (theirs has to be compiled).
+--peer: transformers' models of the same cuts right after (of the first of --rows), warmed up alike, with grouped
+products, mamba-ssm's Triton kernels if $MAMBA_SSM names their folder, and our convolution (theirs has to be compiled).
 --lengths: instead, the time of a token by the length of its sequence, the tokens of a micro-batch being as many; then,
 of `MEMEM*EME` with every block computed again, twice the longest of them, and twice that, until the GPU is full.
 --profile: a Chrome trace of a micro-batch of each cut, and a table of the kernels of MEE*.
@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.measure import environment, gpu_ms
@@ -230,17 +231,16 @@ def measure(cuts: dict[str, Cut], rows: int, length: int, recompute: str, args: 
     return found
 
 
-def differences(found: dict[str, dict], key: str) -> dict[str, list[float]]:
-    """What one block of each kind adds to a measured quantity, and what the ends are: by round, or one number."""
+def parts(found: dict[str, dict], key: str) -> dict[str, list[float]]:
+    """What a block of each kind, and the ends, are of a measured quantity: by round, or one number."""
 
     def numbers(pattern: str) -> list[float]:
         value = found[pattern][key]
         return value if isinstance(value, list) else [value]
 
-    base = numbers(BASE)
-    each = {x: [b - a for a, b in zip(base, numbers(pattern), strict=True)] for x, pattern in CUTS.items()}
-    ends = [b - sum(each[x][i] for x in BASE) for i, b in enumerate(base)]
-    return {**each, "ends": ends}
+    counts = [[*(pattern.count(x) for x in CUTS), 1] for pattern in found]
+    solution = np.linalg.lstsq(np.array(counts, float), np.array([numbers(p) for p in found]), rcond=None)[0]
+    return dict(zip([*CUTS, "ends"], solution.tolist(), strict=True))
 
 
 def median(by_kind: dict[str, list[float]]) -> dict[str, float]:
@@ -261,12 +261,11 @@ def report(found: dict[str, dict], rows: int, recompute: str, peak: float, args:
     flops = training_flops(nano(args), args.seq_length)
     layers = Counter(nano(args).hybrid_override_pattern)
     per_block = {x: flops[x] / layers[x] * tokens for x in CUTS} | {"ends": flops["head"] * tokens}
-    rounds = differences(found, "ms")
-    ms, first = median(rounds), median(differences(found, "first_ms"))
+    rounds = parts(found, "ms")
+    ms, first = median(rounds), median(parts(found, "first_ms"))
     nothing = dict.fromkeys(ms, 0.0)
     busy, kept, launched = (
-        median(differences(found, key)) if key in found[BASE] else nothing
-        for key in ("busy_ms", "kept_bytes", "kernels")
+        median(parts(found, key)) if key in found[BASE] else nothing for key in ("busy_ms", "kept_bytes", "kernels")
     )
     print(f"\n{rows} x {args.seq_length} tokens, recompute {recompute}, {args.rounds} rounds")
     print(f"{'':22}   ms spread  busy  first layers     ms TFLOP % peak KiB/token kernels")
@@ -314,8 +313,8 @@ def report(found: dict[str, dict], rows: int, recompute: str, peak: float, args:
 
 def check(found: dict[str, dict], rounds: dict[str, list[float]]) -> dict[str, float]:
     """Print and return the time of `MEMEM*EME` and the sum of its parts, of the same rounds."""
-    parts = Counter(WHOLE) | {"ends": 1}
-    sums = [sum(n * rounds[x][i] for x, n in parts.items()) for i in range(len(rounds["ends"]))]
+    counts = Counter(WHOLE) | {"ends": 1}
+    sums = [sum(n * rounds[x][i] for x, n in counts.items()) for i in range(len(rounds["ends"]))]
     measured, summed = statistics.median(found[WHOLE]["ms"]), statistics.median(sums)
     print(f"{WHOLE} measured: {measured:.1f} ms; the sum of its parts: {summed:.1f} ms, {summed / measured - 1:+.1%}")
     return {"measured_ms": measured, "summed_ms": summed}
@@ -366,7 +365,8 @@ def main() -> None:
         peak = 2 * 8192**3 / gpu_ms(lambda: a @ b) / 1e9
         del a, b
         print(f"{environment()}, GEMM peak {peak:.0f} TFLOP/s (8192^3, bf16, random numbers)")
-    cuts = {pattern: Cut(pattern, args) for pattern in (BASE, *CUTS.values())}
+    everything = (BASE, *CUTS.values(), WHOLE)
+    cuts = {pattern: Cut(pattern, args) for pattern in everything}
     if args.lengths:
         from benchmarks.step_lengths import by_length, longest
 
@@ -375,21 +375,15 @@ def main() -> None:
         cuts = {}
         records += longest(args) if args.device == "cuda" else []
     else:
-        cuts[WHOLE] = Cut(WHOLE, args)
         for rows in args.rows:
             for recompute in args.recompute:
-                cuts = cuts or {pattern: Cut(pattern, args) for pattern in (BASE, *CUTS.values())}
                 found = measure(cuts, rows, args.seq_length, recompute, args)
                 records.append(report(found, rows, recompute, peak, args))
                 for name, ms, n in found[CUTS["E"]].get("top", []):
                     print(f"  {ms:8.3f} ms {n:5} x  {name[:100]}")
-                if WHOLE in cuts:  # in the first table only: it is as large as all others together
-                    free([cuts.pop(WHOLE)])
-                    if args.peer:
-                        free(cuts.values())
-                        records.append(peer(records[0], args))
-                        cuts = {}
     free(cuts.values())
+    if args.peer and not args.lengths:
+        records.append(peer(records[0], args))
     if not args.no_optimizer and not args.lengths:
         records.append({"optimizer": optimizer_ms(args)})
     if args.out:
@@ -409,12 +403,12 @@ def peer(ours: dict, args: argparse.Namespace) -> dict[str, object]:
     here, there = ours["check"]["measured_ms"], statistics.median(found[WHOLE]["ms"])
     print(f"{WHOLE}, {args.rows[0]} x {args.seq_length}: ours {here:.1f} ms, peer {there:.1f} ms, {there / here:.2f} x")
     record |= {"cut": WHOLE, "ours_ms": here, "peer_ms": there}
-    found, how = peer_ms([BASE, *CUTS.values()], args)
+    others, how = peer_ms([BASE, *CUTS.values()], args)
     free()
-    if found is None:
+    if others is None:
         print(f"its blocks: {how}")
         return record
-    ms = median(differences(found, "ms"))
+    ms = median(parts(found | others, "ms"))
     for x in LAYERS:
         mine = ours["block_ms"][x]
         print(f"{NAMES[x]:22} ours {mine:6.2f} ms, peer {ms[x]:6.2f} ms, {ms[x] / mine:.2f} x")

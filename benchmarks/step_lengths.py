@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from benchmarks.step import LAYERS, WHOLE, Cut, differences, free, measure, median, timed
+from benchmarks.step import LAYERS, WHOLE, Cut, free, measure, median, parts, timed
 
 
 def by_length(cuts: dict[str, Cut], args: argparse.Namespace) -> list[dict]:
@@ -15,7 +15,7 @@ def by_length(cuts: dict[str, Cut], args: argparse.Namespace) -> list[dict]:
     tokens, table = max(args.lengths), []
     for length in sorted(args.lengths):
         found = measure(cuts, tokens // length, length, "none", args)
-        us = {x: LAYERS[x] * 1e3 / tokens * d for x, d in median(differences(found, "ms")).items()}
+        us = {x: LAYERS[x] * 1e3 / tokens * d for x, d in median(parts(found, "ms")).items()}
         record = {"length": length, "rows": tokens // length, "us_per_token": us, "total": sum(us.values())}
         record["without_attention"] = record["total"] - us["*"]
         table.append(record)
