@@ -5,9 +5,9 @@
 
 Cuts of the model are trained on random tokens: `ME*`, the same with one block more of a kind, and `MEMEM*EME`.  A GPU's
 clock drifts by more than a block costs, so all cuts are there at once and are measured in turns, a step of one
-micro-batch and one of several of each in every round, every other round backwards.  In each round the costs of the kinds
-of block and of the ends (embedding, head and loss) are those that explain the cuts best, by least squares; given are
-medians over the rounds, and as spread the distance between the quartiles.
+micro-batch and one of several of each in every round, every other round backwards.  In each round, what a block of each
+kind and the ends (embedding, head and loss) cost is what explains the cuts best, by least squares; given are medians
+over the rounds, and as spread the distance between the quartiles.
 
 A micro-batch is a forward and a backward pass with its gradients added to the sums; the first of a step, which stores
 them instead and has the step's launches to itself, is listed beside.  `busy` is the time in which the GPU ran a kernel,
