@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from benchmarks.step import LAYERS, WHOLE, Cut, free, measure, median, parts, timed
+from benchmarks.cuts import LAYERS, WHOLE, Cut, free, measure, median, parts, timed
 
 
 def by_length(cuts: dict[str, Cut], args: argparse.Namespace) -> list[dict]:

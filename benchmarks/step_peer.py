@@ -15,9 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.cuts import in_turns, steady
 from benchmarks.measure import mamba
 from kernels import conv1d
 from kernels.conv1d import causal_conv1d
+from nano3.cli import parser, resolve
+from nano3.hf import config_json
 
 
 def offer_convolution() -> None:
@@ -45,10 +48,6 @@ def offer_convolution() -> None:
 def peer_ms(patterns: list[str], args: argparse.Namespace) -> tuple[dict[str, dict] | None, str]:
     """Milliseconds of forward and backward of one micro-batch, gradients added to those that are there, of models of
     these patterns in turns and round by round (`{pattern: {"ms": [...]}}`); and how, or why not."""
-    from benchmarks.step import in_turns, steady
-    from nano3.cli import parser, resolve
-    from nano3.hf import config_json
-
     offer_convolution()
     kernels = mamba("ops.triton.ssd_combined") is not None
     try:
