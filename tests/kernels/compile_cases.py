@@ -23,6 +23,7 @@ from kernels.cross_entropy import linear_cross_entropy, vocabulary_gradient, voc
 from kernels.dispatch import collect, papers, spread
 from kernels.embedding import embedding_gradient_
 from kernels.gated_norm import gated_rms_norm
+from kernels.gradient_sink import Buffer, GradientSink
 from kernels.grouped_gemm import experts, grouped_mlp
 from kernels.grouped_gemm_configs import Config
 from kernels.mamba_mixer import Sizes as MixerSizes
@@ -244,13 +245,30 @@ def routing_groups(s: Sizes, dtype: torch.dtype) -> None:
 
 
 @case(nano=True)
-def experts_plain(s: Sizes, dtype: torch.dtype, buffers: torch.dtype | None = None) -> None:
+def experts_plain(
+    s: Sizes, dtype: torch.dtype, buffers: torch.dtype | None = None, sink: Callable[[Tensor], GradientSink] = Buffer
+) -> None:
     x, weights, ids = cuda(s.T, s.D, dtype=dtype), cuda(s.T, s.K), integers(s.T, s.K)
     up, down = cuda(s.E, s.F, s.D, dtype=dtype), cuda(s.E, s.D, s.F, dtype=dtype)
     grads = {}
     if buffers is not None:
-        grads = {f"{n}_grad": cuda(*t.shape, dtype=buffers, grad=False) for n, t in (("up", up), ("down", down))}
+        sums = {"up_grad": up, "down_grad": down}
+        grads = {name: sink(cuda(*t.shape, dtype=buffers, grad=False)) for name, t in sums.items()}
     backward(experts(x, weights, ids, integers(s.E), up, down, **grads))
+
+
+class First(Buffer):
+    """A buffer whose content means nothing."""
+
+    def open(self) -> tuple[Tensor, bool]:
+        return self.sums, False
+
+
+@case(nano=True)
+def experts_summed(s: Sizes, dtype: torch.dtype) -> None:
+    """As in training: the first gradients of a step are stored in fp32 sums, and the next are added to them."""
+    experts_plain(s, dtype, torch.float32, First)
+    experts_plain(s, dtype, torch.float32)
 
 
 @case(nano=True)
@@ -301,10 +319,11 @@ def experts_ordered(s: Sizes, dtype: torch.dtype) -> None:
 
 @case()
 def experts_buffers(s: Sizes, dtype: torch.dtype) -> None:
-    """Weight gradients added to buffers of either dtype, of all experts or of a rank's."""
+    """Weight gradients in buffers of either dtype, stored or added; few rows to an expert, or many."""
     for E in (s.E, s.E // 8):
-        experts_plain(s._replace(E=E), dtype, torch.float32)
-        experts_plain(s._replace(E=E), dtype, dtype)
+        for buffers in (torch.float32, dtype):
+            experts_plain(s._replace(E=E), dtype, buffers, First)
+            experts_plain(s._replace(E=E), dtype, buffers)
 
 
 @case()
