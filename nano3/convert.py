@@ -402,32 +402,25 @@ class Checked(Files):
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         super().__init__()
         self.records = {folder / file: record for file, record in manifest.files.items()}
+        self._locks = {path: threading.Lock() for path in self.records}
+        self._begun: set[Path] = set()
         self._sound: set[tuple[Path, int]] = set()  # blocks of the maps
-        self._whole = {path: threading.Lock() for path, record in self.records.items() if record.sha256}
 
     def blocks(self, path: Path, start: int, end: int) -> Iterator[memoryview]:
-        """As in `Files`, a piece for each block.  The thread keeps its last block for the tensor that comes next."""
-        self._compare_whole(path)
-        if not hasattr(self._mine, "block"):
-            self._mine.block, self._mine.held = memoryview(bytearray(self.MARGIN + BLOCK)), None
-        buffer, rest = self._mine.block, 0  # bytes of an unfinished element, right before the block
+        """As in `Files`, a piece for each block."""
+        self._begin(path)
+        rest = 0  # bytes of an unfinished element: they are moved to where the next block will follow them
         for i in range(start // BLOCK, blocks_in(end)):
-            size = min(BLOCK, self.records[path].bytes - i * BLOCK)
-            if self._mine.held != (path, i):
-                self._mine.held = None
-                block = buffer[self.MARGIN : self.MARGIN + size]
-                self._fill(block, path, i * BLOCK)
-                self._compare(path, i, block)
-                self._mine.held = path, i
+            size = len(self._block(path, i))
             first = self.MARGIN + max(0, start - i * BLOCK) - rest
             last = self.MARGIN + min(size, end - i * BLOCK)
             rest = 0 if end <= (i + 1) * BLOCK else (last - first) % self.MARGIN
             if first < last - rest:
-                yield buffer[first : last - rest]
-            buffer[self.MARGIN - rest : self.MARGIN] = buffer[last - rest : last]
+                yield self._mine.buffer[first : last - rest]
+            self._mine.buffer[self.MARGIN - rest : self.MARGIN] = self._mine.buffer[last - rest : last]
 
     def array(self, span: Span) -> np.ndarray:
-        self._compare_whole(span.path)
+        self._begin(span.path)
         found = super().array(span)
         for i in range(span.start // BLOCK, blocks_in(span.end)) if span.start < span.end else ():
             if (span.path, i) not in self._sound:
@@ -435,18 +428,34 @@ class Checked(Files):
                 self._sound.add((span.path, i))
         return found
 
+    def _begin(self, path: Path) -> None:
+        """Before the first tensor of a file: compare its header, by which it will be found; in format 3 the file."""
+        with self._locks[path]:
+            if path in self._begun:
+                return
+            if self.records[path].sha256 and not intact(path, self.records[path]):
+                self._refuse(path)
+            header = 8 + int.from_bytes(self._block(path, 0)[:8], "little")
+            for i in range(1, blocks_in(header)):
+                self._block(path, i)
+            self._begun.add(path)
+
+    def _block(self, path: Path, i: int) -> memoryview:
+        """A block that was compared.  A thread keeps its last one, in which the next tensor begins as a rule."""
+        if not hasattr(self._mine, "buffer"):
+            self._mine.buffer, self._mine.held = memoryview(bytearray(self.MARGIN + BLOCK)), None
+        block = self._mine.buffer[self.MARGIN :][: self.records[path].bytes - i * BLOCK]
+        if self._mine.held != (path, i):
+            self._mine.held = None
+            self._fill(block, path, i * BLOCK)
+            self._compare(path, i, block)
+            self._mine.held = path, i
+        return block
+
     def _compare(self, path: Path, i: int, block: memoryview) -> None:
         record = self.records[path]
         if not record.sha256 and checksum_of(block) != expected(record.crc32, i):
             self._refuse(path)
-
-    def _compare_whole(self, path: Path) -> None:
-        """Of format 3, where a file has one checksum."""
-        if path in self._whole:
-            with self._whole[path]:
-                if (path, -1) not in self._sound and not intact(path, self.records[path]):
-                    self._refuse(path)
-                self._sound.add((path, -1))
 
     def _refuse(self, path: Path) -> NoReturn:
         good = checkpoint.remedy(path.parent.parent, path.parent)
