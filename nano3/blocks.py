@@ -1,8 +1,8 @@
 """Files that are written once, from beginning to end, and known by a checksum of each of their blocks.
 
-Reading on, one has to trust no more of a file than the block at hand: it is compared where it was read to, and its
-bytes are used from there.  CRC-32 finds every flipped bit and every burst of errors up to 32 bits long, other damage
-but once in 4 billion; like the SHA-256 of a file that lies beside it, it is no protection against people.
+A reader compares a block in the memory that it was read into and uses it from there, so no file is read twice.  CRC-32
+finds every flipped bit and every burst of errors up to 32 bits long, and misses other damage once in 4 billion.  It is
+meant for accidents: who alters a file on purpose can alter its checksum, as with any checksum that lies beside it.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def checksums_of(path: Path) -> str:
 def new_file(path: Path) -> Iterator[Callable[[memoryview | bytes], None]]:
     """A function that appends bytes to a new file, which is on the disk when the body ends.
 
-    Once in a WINDOW the system is asked to put on the disk what was written and to forget what is there: the disk works
-    while we read, the flush at the end finds little to do, and a model of 63 GB does not push out everything else that
-    memory holds.  It is faster, too, for the same few pages are written again and again.
+    Once in a WINDOW the system is asked to put on the disk what was written, and to forget what has arrived there: the
+    disk works while we read, the flush at the end finds little to do, and a model of 63 GB does not push everything
+    else out of memory.  Above all the same few pages of memory are used again and again: taking new ones for every byte
+    written costs more than copying it (`benchmarks/RESULTS.md`, conversion).
     """
     forget = getattr(os, "posix_fadvise", None)  # Linux
     with open(path, "wb") as f:
