@@ -172,8 +172,8 @@ def report(
     cp, faster = (f"{rates['ours'] / rates[kind]:.0%}" for kind in ("cp", "cp_faster"))
     print(
         f"{name}: {rates['ours']:.2f} GB/s ({ours['seconds']:.1f} s with start-up), cp {rates['cp']:.2f}, its faster "
-        f"run {rates['cp_faster']:.2f}, cp and flush {rates['cp_and_flush']:.2f}: {cp} of cp, {faster} of its faster run; "
-        f"memory {ours['RssAnon'] / 1e9:.2f} GB, with the files' pages {ours['VmHWM'] / 1e9:.2f} GB",
+        f"run {rates['cp_faster']:.2f}, cp and flush {rates['cp_and_flush']:.2f}: {cp} of cp, {faster} of its faster "
+        f"run; memory {ours['RssAnon'] / 1e9:.2f} GB, with the files' pages {ours['VmHWM'] / 1e9:.2f} GB",
         flush=True,
     )
     record[name] = {**rates, "RssAnon": ours["RssAnon"], "VmHWM": ours["VmHWM"]}
