@@ -16,6 +16,7 @@ from pathlib import Path
 BLOCK = 1 << 20  # bytes under one checksum: part of the checkpoints' format
 PIECE = 1 << 18  # bytes read and written at a time, as cp does; ext4 is several times slower at 1 MB and more
 WINDOW = 1 << 24  # bytes between two requests to put on the disk what was written
+AHEAD = 1 << 23  # bytes asked for before they are read
 
 
 class Checksums:
@@ -73,7 +74,6 @@ def new_file(path: Path) -> Iterator[Callable[[memoryview | bytes], None]]:
     else out of memory.  Above all the same few pages of memory are used again and again: taking new ones for every byte
     written costs more than copying it (`benchmarks/RESULTS.md`, conversion).
     """
-    forget = getattr(os, "posix_fadvise", None)  # Linux
     with open(path, "wb") as f:
         since = 0
 
@@ -82,12 +82,23 @@ def new_file(path: Path) -> Iterator[Callable[[memoryview | bytes], None]]:
             view = memoryview(data)
             for start in range(0, len(view), PIECE):
                 since += f.write(view[start : start + PIECE])
-                if since >= WINDOW and forget is not None:
-                    forget(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if since >= WINDOW:
+                    _advise(f.fileno(), "POSIX_FADV_DONTNEED", 0, 0)
                     since = 0
 
         yield append
         f.flush()
         os.fsync(f.fileno())
-        if forget is not None:
-            forget(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _advise(f.fileno(), "POSIX_FADV_DONTNEED", 0, 0)
+
+
+def read_ahead(fd: int, at: int, count: int) -> None:
+    """Before `count` bytes are read at `at`, one read after the other: the system is to fetch what lies behind them, in
+    larger requests than it makes of its own.  Once in each AHEAD bytes of the file it does something."""
+    if at % AHEAD < count:
+        _advise(fd, "POSIX_FADV_WILLNEED", at - at % AHEAD + AHEAD, AHEAD)
+
+
+def _advise(fd: int, advice: str, at: int, count: int) -> None:
+    if hasattr(os, "posix_fadvise"):  # Linux
+        os.posix_fadvise(fd, at, count, getattr(os, advice))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nano3.blocks import PIECE, new_file
+from nano3.blocks import PIECE, new_file, read_ahead
 from nano3.config import UserError
 
 BITS = {  # of an element, by safetensors' name of its type
@@ -248,6 +248,7 @@ class Files:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_RDONLY)
             fd = self._open[path]
+        read_ahead(fd, at, len(buffer))
         filled = 0
         while filled < len(buffer):
             got = os.preadv(fd, [buffer[filled:]], at + filled)
