@@ -163,6 +163,7 @@ def test_a_flipped_bit_in_any_block_is_not_exported(
     flip(path, at)
     assert convert.main(["verify", str(folder), str(last)]) == 1
     flip(path, at)
+    checkpoint.open_verified(last, "test")
     run(*args)
     assert files_of(tmp_path / "out") == files_of(whole)
 
