@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from nano3.blocks import BLOCK, blocks_in, checksum_of, checksums_of, expected
 from nano3.config import ModelConfig, UserError
 from nano3.convert_jobs import Job, Meter, Written, check_space, journal_of, journal_says, journalled
 from nano3.hf import (
@@ -38,7 +40,7 @@ from nano3.hf import (
     shapes,
     small_files,
 )
-from nano3.hf_files import INDEX, SINGLE, Target, is_file_of, read_folder, read_header, write_safetensors
+from nano3.hf_files import INDEX, SINGLE, Files, Span, Target, is_file_of, read_folder, read_header, write_safetensors
 from nano3.model.layout import split_of
 from nano3.train import checkpoint
 from nano3.train.storage import (
@@ -52,8 +54,8 @@ from nano3.train.storage import (
     Manifest,
     Progress,
     commit,
-    digest,
     flush,
+    intact,
     manifest_of,
     read_manifest,
     temporary_folder,
@@ -232,7 +234,7 @@ def import_model(model: Path, out: Path, options: Options, meter: Meter) -> str:
             file,
             sum(item.bytes for item in group),
             write=lambda path, progress, group=group: list(write_file(path, group, progress)),
-            check=lambda path, record: [path.stat().st_size, digest(path)] == record,
+            check=lambda path, record: list(FileRecord(path.stat().st_size, checksums_of(path))) == record,
         )
         for file, group in written.items()
     ]
@@ -275,7 +277,8 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     dtypes = _export_dtypes(source, model if weights else None, model, manifest, options.dtype)
     said = None if weights and options.dtype is None else dtypes["embeddings.weight"]
     config = config_json(source.config, model, said, options.drop_mtp)
-    targets = released(source, dtypes, _Checked(source, manifest).stream)
+    source.files = Checked(source.folder, manifest)
+    targets = released(source, dtypes, partial(stream, source))
     what = f"{source.folder} -> {out}"
     if model is None:
         what += "\nno --hf-model: its config.json is new, tokenizer and licence are not there"
@@ -388,25 +391,75 @@ def _export_dtypes(
     return out
 
 
-class _Checked:
-    """A checkpoint's bytes, each file compared with its checksum before the first of them is used.
+class Checked(Files):
+    """A checkpoint's bytes, none of them used before the block in which they lie was compared with its checksum.
 
-    At the time a file is copied, not before: then it is read from the disk once.
+    At the time it is copied, not before: a file is read once.  Raises UserError that names the file.
     """
 
-    def __init__(self, source: Source, manifest: Manifest) -> None:
-        self.source, self.manifest = source, manifest
-        self.locks = {source.folder / file: threading.Lock() for file in manifest.files}
-        self.sound: set[Path] = set()
+    MARGIN = 8  # bytes of the widest element: an element may begin in one block and end in the next
 
-    def stream(self, name: str, rows: slice, dtype: str) -> Iterator[memoryview]:
-        for path in {part.span.path for part in self.source.tensors[name].parts}:
-            with self.locks[path]:
-                if path not in self.sound and digest(path) != self.manifest.files[path.name].sha256:
-                    good = checkpoint.remedy(path.parent.parent, path.parent)
-                    raise UserError(f"--megatron-path: {path} was altered: its checksum is not the manifest's{good}")
-                self.sound.add(path)
-        yield from stream(self.source, name, rows, dtype)
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        super().__init__()
+        self.records = {folder / file: record for file, record in manifest.files.items()}
+        self._locks = {path: threading.Lock() for path in self.records}
+        self._begun: set[Path] = set()
+        self._sound: set[tuple[Path, int]] = set()  # blocks of the maps
+
+    def blocks(self, path: Path, start: int, end: int) -> Iterator[memoryview]:
+        """As in `Files`, a piece for each block."""
+        self._begin(path)
+        rest = 0  # bytes of an unfinished element: they are moved to where the next block will follow them
+        for i in range(start // BLOCK, blocks_in(end)):
+            size = len(self._block(path, i))
+            first = self.MARGIN + max(0, start - i * BLOCK) - rest
+            last = self.MARGIN + min(size, end - i * BLOCK)
+            rest = 0 if end <= (i + 1) * BLOCK else (last - first) % self.MARGIN
+            if first < last - rest:
+                yield self._mine.buffer[first : last - rest]
+            self._mine.buffer[self.MARGIN - rest : self.MARGIN] = self._mine.buffer[last - rest : last]
+
+    def array(self, span: Span) -> np.ndarray:
+        self._begin(span.path)
+        found = super().array(span)
+        for i in range(span.start // BLOCK, blocks_in(span.end)) if span.start < span.end else ():
+            if (span.path, i) not in self._sound:
+                self._compare(span.path, i, memoryview(self._maps[span.path])[i * BLOCK : (i + 1) * BLOCK])
+                self._sound.add((span.path, i))
+        return found
+
+    def _begin(self, path: Path) -> None:
+        """Before the first tensor of a file: compare its header, by which it will be found; in format 3 the file."""
+        with self._locks[path]:
+            if path in self._begun:
+                return
+            if self.records[path].sha256 and not intact(path, self.records[path]):
+                self._refuse(path)
+            header = 8 + int.from_bytes(self._block(path, 0)[:8], "little")
+            for i in range(1, blocks_in(header)):
+                self._block(path, i)
+            self._begun.add(path)
+
+    def _block(self, path: Path, i: int) -> memoryview:
+        """A block that was compared.  A thread keeps its last one, in which the next tensor begins as a rule."""
+        if not hasattr(self._mine, "buffer"):
+            self._mine.buffer, self._mine.held = memoryview(bytearray(self.MARGIN + BLOCK)), None
+        block = self._mine.buffer[self.MARGIN :][: self.records[path].bytes - i * BLOCK]
+        if self._mine.held != (path, i):
+            self._mine.held = None
+            self._fill(block, path, i * BLOCK)
+            self._compare(path, i, block)
+            self._mine.held = path, i
+        return block
+
+    def _compare(self, path: Path, i: int, block: memoryview) -> None:
+        record = self.records[path]
+        if not record.sha256 and checksum_of(block) != expected(record.crc32, i):
+            self._refuse(path)
+
+    def _refuse(self, path: Path) -> NoReturn:
+        good = checkpoint.remedy(path.parent.parent, path.parent)
+        raise UserError(f"--megatron-path: {path} was altered: its checksum is not the manifest's{good}")
 
 
 def stamp(source: Source) -> Stamp:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nano3.blocks import PIECE, new_file, read_ahead
 from nano3.config import UserError
 
 BITS = {  # of an element, by safetensors' name of its type
@@ -29,7 +30,6 @@ BITS = {  # of an element, by safetensors' name of its type
 LARGEST_JSON = 16 << 20  # bytes; the largest released index of the family, 43,000 tensors, has 5 MB
 LARGEST_CONFIG = 1 << 20
 LARGEST_RANK = 8
-BLOCK = 1 << 18  # bytes read, hashed and written at a time, as cp does; ext4 is several times slower at 1 MB
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -229,25 +229,32 @@ class Files:
         self._mine = threading.local()
 
     def blocks(self, path: Path, start: int, end: int) -> Iterator[memoryview]:
-        """The bytes from `start` to `end`, in pieces of BLOCK and a rest.
+        """The bytes from `start` to `end`, in pieces of PIECE and a rest.
 
-        A piece is valid until the next one is asked for by the same thread.  Plain reads into one small buffer, not
+        A piece is valid until the next one is asked for by the same thread, and begins with a whole element of any
+        dtype if `start` is where one begins.  Plain reads into one small buffer, not
         the map: they are faster here, and a file that shrinks meanwhile is an error, not the end of the process.
         """
+        if not hasattr(self._mine, "buffer"):
+            self._mine.buffer = memoryview(bytearray(PIECE))
+        for at in range(start, end, PIECE):
+            piece = self._mine.buffer[: min(PIECE, end - at)]
+            self._fill(piece, path, at)
+            yield piece
+
+    def _fill(self, buffer: memoryview, path: Path, at: int) -> None:
+        """Read as many bytes as the buffer has, from `at` on."""
         with self._lock:
             if path not in self._open:
                 self._open[path] = os.open(path, os.O_RDONLY)
             fd = self._open[path]
-        if not hasattr(self._mine, "buffer"):
-            self._mine.buffer = memoryview(bytearray(BLOCK))
-        for at in range(start, end, BLOCK):
-            block, filled = self._mine.buffer[: min(BLOCK, end - at)], 0
-            while filled < len(block):
-                got = os.preadv(fd, [block[filled:]], at + filled)
-                if got == 0:
-                    raise UserError(f"{path} became shorter while it was read; run the command again")
-                filled += got
-            yield block
+        read_ahead(fd, at, len(buffer))
+        filled = 0
+        while filled < len(buffer):
+            got = os.preadv(fd, [buffer[filled:]], at + filled)
+            if got == 0:
+                raise UserError(f"{path} became shorter while it was read; run the command again")
+            filled += got
 
     def array(self, span: Span) -> np.ndarray:
         """A tensor's elements over the file's map, as integers of their width: nothing is read until it is used."""
@@ -308,13 +315,13 @@ def file_of(targets: list[Target]) -> Iterator[memoryview | bytes]:
 
 def write_safetensors(path: Path, targets: list[Target], progress: Callable[[int], None]) -> int:
     """Stream a safetensors file to disk and flush it.  Returns its size."""
-    with open(path, "wb") as f:
+    size = 0
+    with new_file(path) as append:
         for block in file_of(targets):
-            f.write(block)
+            append(block)
+            size += len(block)
             progress(len(block))
-        f.flush()
-        os.fsync(f.fileno())
-        return f.tell()
+    return size
 
 
 def is_file_of(path: Path, targets: list[Target]) -> bool:

@@ -8,6 +8,7 @@ import multiprocessing
 import random
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 import convert
 from nano3.compare import load_source, open_any
 from nano3.config import UserError
+from nano3.convert import Checked
 from nano3.hf import open_model, shapes
 from nano3.hf_files import Files
 from nano3.model.init import named_tensors
@@ -419,14 +421,17 @@ def test_a_model_trained_from_nothing_opens_in_transformers(run_script, tmp_path
 
 def slowly(args: list[str | Path]) -> None:
     """convert.py, waiting at every block that it reads."""
-    blocks = Files.blocks
 
-    def wait(self: Files, *where):
-        for block in blocks(self, *where):
-            time.sleep(0.002)
-            yield block
+    def slow(blocks: Callable) -> Callable:
+        def wait(self: Files, *where):
+            for block in blocks(self, *where):
+                time.sleep(0.002)
+                yield block
 
-    Files.blocks = wait
+        return wait
+
+    for kind in (Files, Checked):
+        kind.blocks = slow(kind.blocks)
     convert.main([str(a) for a in args])
 
 

@@ -4,8 +4,9 @@
     DIR/latest_checkpointed_iteration.txt
 
 It is written under a temporary name, every file flushed to disk, and renamed when it is whole; only then is the pointer
-replaced.  The manifest lists size and SHA-256 of each file, and for each tensor its dtype, its shape and its chunks, so
-any part of any tensor can be read whatever wrote it; it has a SHA-256 of its own.  Nothing is ever unpickled.
+replaced.  The manifest lists size and checksums of each file, one for each of its blocks (`nano3/blocks.py`), and for
+each tensor its dtype, its shape and its chunks, so any part of any tensor can be read whatever wrote it; it has a
+SHA-256 of its own.  Nothing is ever unpickled.
 
 Names that begin with a dot belong to work in progress, or to work that was killed; `find` says what they mean.
 """
@@ -29,9 +30,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nano3.blocks import PIECE, Checksums, blocks_in, checksums_of, new_file
 from nano3.config import UserError
 
-FORMAT = 3
+FORMAT = 4
+READABLE = (3, FORMAT)  # 3 had one SHA-256 for each file
 POINTER = "latest_checkpointed_iteration.txt"
 NEXT = f".{POINTER}"  # what the pointer will be once the checkpoint has its name
 MANIFEST = "manifest.json"
@@ -50,7 +53,6 @@ DTYPES = {  # safetensors' names
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 1 << 18  # bytes hashed and written at a time, as cp does; ext4 is several times slower at 1 MB and more
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Entry:
 
 class FileRecord(NamedTuple):
     bytes: int
-    sha256: str
+    crc32: str  # of its blocks in order
+    sha256: str = ""  # of the whole instead, where format 3 is read
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Manifest:
             key: {"dtype": NAMES[e.dtype], "shape": e.shape, "chunks": [c._asdict() for c in e.chunks]}
             for key, e in self.tensors.items()
         }
-        files = {name: record._asdict() for name, record in self.files.items()}
+        files = {name: {"bytes": r.bytes, "crc32": r.crc32} for name, r in self.files.items()}
         body = {"progress": asdict(self.progress), "files": files, "tensors": tensors}
         return json.dumps({"format": FORMAT, "sha256": _sum(body), **body}, indent=1)
 
@@ -134,7 +137,7 @@ def as_bytes(data: Tensor | memoryview | bytes) -> memoryview:
 
 
 def write_file(path: Path, items: Sequence[Item], progress: Callable[[int], None] | None = None) -> FileRecord:
-    """Stream a safetensors file to disk and flush it.  `progress` is told of every block of bytes written."""
+    """Stream a safetensors file to disk and flush it.  `progress` is told of every piece of bytes written."""
     ends = list(accumulate(item.bytes for item in items))
     header = {
         item.name: {"dtype": NAMES[item.dtype], "shape": item.chunk, "data_offsets": (end - item.bytes, end)}
@@ -142,28 +145,26 @@ def write_file(path: Path, items: Sequence[Item], progress: Callable[[int], None
     }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data begins at a multiple of 8, as safetensors' own writer has it
-    digest, total = hashlib.sha256(), 0
-    with open(path, "wb") as f:
+    checksums, total = Checksums(), 0
+    with new_file(path) as append:
         for part in (len(text).to_bytes(8, "little"), text):
-            digest.update(part)
-            f.write(part)
+            checksums.update(part)
+            append(part)
         for item in items:
             written = 0
             for data in item.data():
                 view = as_bytes(data)
-                for start in range(0, len(view), BLOCK):
-                    block = view[start : start + BLOCK]
-                    digest.update(block)
-                    f.write(block)
+                for start in range(0, len(view), PIECE):
+                    piece = view[start : start + PIECE]
+                    checksums.update(piece)
+                    append(piece)
                     if progress is not None:
-                        progress(len(block))
+                        progress(len(piece))
                 written += len(view)
             if written != item.bytes:
                 raise ValueError(f"{path}: {item.name} has {written} bytes instead of {item.bytes}")
             total += written
-        f.flush()
-        os.fsync(f.fileno())
-    return FileRecord(8 + len(text) + total, digest.hexdigest())
+    return FileRecord(8 + len(text) + total, str(checksums))
 
 
 def manifest_of(progress: Progress, written: dict[str, tuple[FileRecord, Sequence[Item]]]) -> Manifest:
@@ -196,7 +197,7 @@ def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     for path in sorted(temporary.rglob("*")):
         name = path.relative_to(temporary).as_posix()
         if path.is_file() and name not in manifest.files and name != MANIFEST:
-            manifest.files[name] = FileRecord(path.stat().st_size, digest(path))
+            manifest.files[name] = FileRecord(path.stat().st_size, checksums_of(path))
     (temporary / MANIFEST).write_text(manifest.to_json())
     for path in [*temporary.rglob("*"), temporary]:
         flush(path)
@@ -266,6 +267,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def intact(path: Path, record: FileRecord) -> bool:
+    """Whether a file has the checksums that were noted when it was written."""
+    return digest(path) == record.sha256 if record.sha256 else checksums_of(path) == record.crc32
+
+
 def read_manifest(folder: Path, setting: str) -> Manifest:
     """The manifest of a checkpoint, well-formed, every file present and of the right size; contents are not read.
 
@@ -277,11 +283,13 @@ def read_manifest(folder: Path, setting: str) -> Manifest:
         version = raw["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{setting}: {path} is damaged") from None
-    if version != FORMAT:
+    if version not in READABLE:
         remedy = "update nano3" if isinstance(version, int) and version > FORMAT else "it was written by an older nano3"
-        raise UserError(f"{setting}: {folder} has format {version}, this nano3 reads {FORMAT}; {remedy}")
+        raise UserError(
+            f"{setting}: {folder} has format {version}, this nano3 reads {READABLE[0]} to {FORMAT}; {remedy}"
+        )
     try:
-        files = {str(n): FileRecord(int(r["bytes"]), str(r["sha256"])) for n, r in raw["files"].items()}
+        files = {str(n): _record(r, version) for n, r in raw["files"].items()}
         tensors = {str(k): _entry(e) for k, e in raw["tensors"].items()}
         progress = Progress(**{k: int(v) for k, v in raw["progress"].items()})
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -298,6 +306,15 @@ def read_manifest(folder: Path, setting: str) -> Manifest:
         if sum(prod(c.shape) for c in entry.chunks) != prod(entry.shape):
             raise UserError(f"{setting}: {path} is damaged: the chunks of {key} do not make {entry.shape}")
     return Manifest(progress, files, tensors)
+
+
+def _record(raw: dict, version: int) -> FileRecord:
+    if version == 3:
+        return FileRecord(int(raw["bytes"]), "", str(raw["sha256"]))
+    record = FileRecord(int(raw["bytes"]), str(raw["crc32"]))
+    if len(record.crc32) != 8 * blocks_in(record.bytes):
+        raise ValueError("another number of checksums than of blocks")
+    return record
 
 
 def _entry(raw: dict) -> Entry:
@@ -317,8 +334,8 @@ def verify(folder: Path, manifest: Manifest, setting: str, part: int = 0, parts:
     """Compare checksums of every `parts`-th file.  Raises UserError naming the first that was altered."""
     mine = sorted(manifest.files)[part::parts]
     with ThreadPoolExecutor(workers) as pool:
-        for name, found in zip(mine, pool.map(lambda n: digest(folder / n), mine), strict=True):
-            if found != manifest.files[name].sha256:
+        for name, good in zip(mine, pool.map(lambda n: intact(folder / n, manifest.files[n]), mine), strict=True):
+            if not good:
                 raise UserError(f"{setting}: {folder / name} was altered: its checksum is not the manifest's")
 
 

@@ -15,13 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from nano3.blocks import checksums_of
 from nano3.config import KINDS, UserError
 from nano3.data.loader import Batch, Place, micro_batches
 from nano3.model.init import named_tensors
 from nano3.model.moe import sequence_balance_loss
 from nano3.train import checkpoint
 from nano3.train.step import TrainingError, training_step
-from nano3.train.storage import FileRecord, digest, read_manifest
+from nano3.train.storage import FileRecord, read_manifest
 from tests.conftest import ROOT
 from tests.train.small import ALONE, SHRINK, trainer
 
@@ -210,7 +211,7 @@ def corrupted(tmp_path: Path) -> Path:
         tensors = {name: f.get_tensor(name) for name in list(f.keys())}
     tensors[chunk.name][2, 1, 3] = math.nan
     save_file(tensors, file)
-    manifest.files[chunk.file] = FileRecord(file.stat().st_size, digest(file))
+    manifest.files[chunk.file] = FileRecord(file.stat().st_size, checksums_of(file))
     (folder / "manifest.json").write_text(manifest.to_json())
     return folder
 
