@@ -9,7 +9,8 @@ given.  --set takes settings as train.py does, for every run.  Several --seq-len
 take the place of a variant's own.  What does not fit is reported, and the next variant is run.
 
 Weights are drawn on the GPU, tokens are random and all of them count.  The first step is listed by itself: it compiles
-what the kernel cache lacks.  --profile: the kernels of one step more, the longest first.
+what the kernel cache lacks.  --profile: the kernels of one step more, and of another what the host did, the longest
+first.
 """
 
 from __future__ import annotations
@@ -101,6 +102,17 @@ def kernels_of(step: Callable[[], object]) -> dict[str, object]:
     return {"kernels": len(found), "busy_ms": busy / 1e3, "idle_ms": idle / 1e3, "top": top}
 
 
+def host_of(step: Callable[[], object]) -> list[tuple[str, float, int]]:
+    """What the host was busy with in a step by operator or node, its callees left out: name, ms, calls.
+
+    A node's time is that of its Python, launches of our kernels included.  Being watched costs time itself.
+    """
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        step()
+    found = sorted(recorded.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    return [(e.key, e.self_cpu_time_total / 1e3, e.count) for e in found[:40]]
+
+
 def measure(model: Nano3, optimizer: AdamW, config: Config, mesh: Mesh, args: argparse.Namespace) -> dict[str, object]:
     """One run of some steps."""
     cuda = mesh.device.type == "cuda"
@@ -133,7 +145,10 @@ def measure(model: Nano3, optimizer: AdamW, config: Config, mesh: Mesh, args: ar
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if cuda else 0.0,
         "losses": list(losses),
     }
-    return found | (kernels_of(lambda: step(args.steps)) if cuda and args.profile else {})
+    if args.profile:
+        found |= kernels_of(lambda: step(args.steps)) if cuda else {}
+        found["host"] = host_of(lambda: step(args.steps + 1))
+    return found
 
 
 def run(config: Config, mesh: Mesh, args: argparse.Namespace) -> dict[str, object]:
@@ -174,6 +189,8 @@ def show(r: dict[str, object]) -> None:
         print(f"  {r['kernels']} kernels, busy {r['busy_ms']:.1f} ms, idle {r['idle_ms']:.1f} ms (profiled)")
         for name, ms, calls in r["top"]:
             print(f"  {ms:9.2f} ms {calls:6} x {name[:110]}", flush=True)
+    for name, ms, calls in r.get("host", []):
+        print(f"  host {ms:9.2f} ms {calls:6} x {name[:104]}", flush=True)
 
 
 def main() -> None:
