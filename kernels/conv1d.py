@@ -319,10 +319,12 @@ def backward(
     initial: Tensor | None,
     dy: Tensor,
     dx: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    trained: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Writes dx; returns dweight (C, W), dbias (C,) and dinitial, each in the dtype of its tensor.
 
-    x, dy, dx: (B, S, C), rows anywhere, neighbouring channels; the others contiguous.
+    x, dy, dx: (B, S, C), rows anywhere, neighbouring channels; the others contiguous.  trained: whether weight or bias
+    are, which otherwise get no gradient.
     """
     (B, S, C), W = x.shape, weight.shape[1]
     dinitial = None if initial is None else torch.empty_like(initial)
@@ -335,6 +337,8 @@ def backward(
         W=W, BLOCK=BACKWARD.block, BIAS=bias is not None, SEQ=seq_idx is not None,
         INITIAL=initial is not None, STAGES=BACKWARD.stages, num_warps=BACKWARD.warps,
     )  # fmt: skip
+    if not trained:
+        return None, None, dinitial
     same = bias is None or bias.dtype == weight.dtype
     sums = sum_partials(partial, weight.dtype if same else torch.float32).view(W + 1, C)
     dbias = None if bias is None else sums[W].to(bias.dtype)
@@ -354,7 +358,8 @@ class _CausalConv1d(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, seq_idx, initial = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        dweight, dbias, dinitial = backward(x, weight, bias, seq_idx, initial, _channel_last(dy), dx)
+        trained = any(ctx.needs_input_grad[1:3])
+        dweight, dbias, dinitial = backward(x, weight, bias, seq_idx, initial, _channel_last(dy), dx, trained)
         return dx, dweight, dbias, None, dinitial
 
 

@@ -120,9 +120,10 @@ def _bwd_kernel(
 
 
 def backward(
-    y: Tensor, z: Tensor, weight: Tensor, dout: Tensor, groups: int, eps: float, dz: Tensor
-) -> tuple[Tensor, Tensor]:
-    """y, z, dout, dz: (T, d), last dimension contiguous.  Writes dz; returns dy and dweight, like y and weight."""
+    y: Tensor, z: Tensor, weight: Tensor, dout: Tensor, groups: int, eps: float, dz: Tensor, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y, z, dout, dz: (T, d), last dimension contiguous.  Writes dz; returns dy and, if the weight is trained, dweight,
+    like y and weight."""
     T, d = y.shape
     dy = torch.empty(T, d, dtype=y.dtype, device=y.device)
     rows, block, warps, programs, steps = _tiles(y, groups, BACKWARD)
@@ -132,7 +133,7 @@ def backward(
         G=groups, GROUP=d // groups, ROWS=rows, BLOCK=block, STAGES=stages_of(BACKWARD, 3 * rows * block, y),
         num_warps=warps,
     )  # fmt: skip
-    return dy, sum_partials(partial.view(-1, d), weight.dtype)
+    return dy, sum_partials(partial.view(-1, d), weight.dtype) if trained else None
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -148,7 +149,7 @@ class _GatedRMSNorm(torch.autograd.Function):
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
         y, z, weight = ctx.saved_tensors
         dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-        dy, dweight = backward(y, z, weight, as_rows(dout), ctx.groups, ctx.eps, dz)
+        dy, dweight = backward(y, z, weight, as_rows(dout), ctx.groups, ctx.eps, dz, ctx.needs_input_grad[2])
         return dy.view(dout.shape), dz.view(dout.shape), dweight, None, None
 
 

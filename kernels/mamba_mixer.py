@@ -73,6 +73,7 @@ class _MambaMixer(torch.autograd.Function):
     def backward(ctx, dout):
         projected, xBC, y, conv_weight, conv_bias, A, D, dt_bias, norm_weight, seq_idx = ctx.saved_tensors
         sizes = ctx.sizes
+        conv_trained, ssd_trained, norm_trained = (any(ctx.needs_input_grad[i:j]) for i, j in ((1, 3), (3, 6), (6, 7)))
         z, before, dt = sizes.columns(projected)
         if xBC is None:
             xBC = conv1d.forward(before, conv_weight, conv_bias, seq_idx)
@@ -83,13 +84,16 @@ class _MambaMixer(torch.autograd.Function):
         dz, dbefore, ddt = sizes.columns(dprojected)
         dx, dB, dC = sizes.heads(dxBC)
         dy, dnorm = gated_norm.backward(
-            as_rows(y.flatten(2)), as_rows(z), norm_weight, as_rows(dout), sizes.G, ctx.eps, as_rows(dz)
+            as_rows(y.flatten(2)), as_rows(z), norm_weight, as_rows(dout), sizes.G, ctx.eps, as_rows(dz), norm_trained
         )
         dA, dD, ddt_bias, _ = ssd.backward(
-            x, dt, A, B, C, D, dt_bias, ctx.dt_limit, seq_idx, None, dy.view(y.shape), None, (dx, ddt, dB, dC)
+            x, dt, A, B, C, D, dt_bias, ctx.dt_limit, seq_idx, None, dy.view(y.shape), None, (dx, ddt, dB, dC),
+            ssd_trained,
+        )  # fmt: skip
+        dconv, dconv_bias, _ = conv1d.backward(
+            before, conv_weight, conv_bias, seq_idx, None, dxBC, dbefore, conv_trained
         )
-        dconv, dconv_bias, _ = conv1d.backward(before, conv_weight, conv_bias, seq_idx, None, dxBC, dbefore)
-        dA_log = dA * A  # A is -exp(A_log), and so is its derivative
+        dA_log = None if dA is None else dA * A  # A is -exp(A_log), and so is its derivative
         return dprojected, dconv, dconv_bias, dA_log, dD, ddt_bias, dnorm, None, None, None, None, None
 
 

@@ -135,9 +135,10 @@ def _bwd_kernel(
 
 
 def _backward(
-    x: Tensor, weight: Tensor, dys: Sequence[Tensor], dsum: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """x, 1 to 3 dys, dsum: (T, D), last dimension contiguous.  Returns dx in x's dtype and dweight in weight's."""
+    x: Tensor, weight: Tensor, dys: Sequence[Tensor], dsum: Tensor | None, eps: float, trained: bool
+) -> tuple[Tensor, Tensor | None]:
+    """x, 1 to 3 dys, dsum: (T, D), last dimension contiguous.  Returns dx in x's dtype, and dweight in weight's if that
+    is trained."""
     T, D = x.shape
     dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
     dsum_stride = 0 if dsum is None else dsum.stride(0)
@@ -150,7 +151,7 @@ def _backward(
         x, weight, *tensors, dsum, dx, partial, T, steps, x.stride(0), *strides, dsum_stride, eps,
         D=D, ROWS=rows, BLOCK=block, READERS=len(dys), ADD=dsum is not None, STAGES=stages, num_warps=warps,
     )  # fmt: skip
-    return dx, sum_partials(partial, weight.dtype)
+    return dx, sum_partials(partial, weight.dtype) if trained else None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -165,7 +166,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        dx, dweight = _backward(x, weight, [as_rows(dy)], None, ctx.eps)
+        dx, dweight = _backward(x, weight, [as_rows(dy)], None, ctx.eps, ctx.needs_input_grad[1])
         return dx.view(dy.shape), dweight, None
 
 
@@ -187,7 +188,8 @@ class _JoinRMSNorm(torch.autograd.Function):
         given, dweight = [as_rows(dy) for dy in dys if dy is not None], None
         if given:
             shape = next(dy.shape for dy in dys if dy is not None)
-            dx, dweight = _backward(total, weight, given, None if dtotal is None else as_rows(dtotal), ctx.eps)
+            dsum = None if dtotal is None else as_rows(dtotal)
+            dx, dweight = _backward(total, weight, given, dsum, ctx.eps, ctx.needs_input_grad[0])
             dtotal = dx.view(shape)
         return dweight, None, None, *(None if dtotal is None else dtotal.to(dtype) for dtype in ctx.dtypes)
 

@@ -163,8 +163,10 @@ def backward(
     dy: Tensor,
     dlast: Tensor | None,
     gradients: tuple[Tensor, Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Writes dx, ddt, dB and dC into `gradients`; returns the gradients of A, D, dt_bias and the initial state.
+    trained: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Writes dx, ddt, dB and dC into `gradients`; returns the gradients of A, D and dt_bias, if any of them is trained,
+    and of the initial state.
 
     The first ten as for `forward`; dy and dlast contiguous.  `gradients` may be columns of wider tensors: a token's
     numbers lie side by side, and dB and dC have the same strides.
@@ -175,9 +177,11 @@ def backward(
     states, _, dstates, dfirst = ssd_forward.carry_states(x, B, C, steps, tiles, initial_state, dy, dlast)
     dCB, own, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles, dx)
     through = ssd_backward_keys.dB_and_dC(x, dy, B, C, dCB, steps, states, dstates, flows, tiles, dB, dC)
-    sums = ssd_steps.ddt_and_parameters(dt, A, dt_bias, dt_limit, steps, own, flows, through, tiles, ddt)
-    dA, dD, dbias = (total.to(t.dtype) for total, t in zip(sums, (A, D, dt_bias), strict=True))
-    return dA, dD, dbias, None if initial_state is None else dfirst.to(initial_state.dtype)
+    parts = ssd_steps.ddt_and_parameters(dt, A, dt_bias, dt_limit, steps, own, flows, through, tiles, ddt)
+    sums = (None,) * 3
+    if trained:
+        sums = (total.to(t.dtype) for total, t in zip(parts.sum(1), (A, D, dt_bias), strict=True))
+    return *sums, None if initial_state is None else dfirst.to(initial_state.dtype)
 
 
 class _SSD(torch.autograd.Function):
@@ -198,8 +202,9 @@ class _SSD(torch.autograd.Function):
         dlast = None if dlast is None else dlast.contiguous()
         dx, ddt, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, dt, B, C))
         dA, dD, dbias, dfirst = backward(
-            x, dt, A, B, C, D, dt_bias, ctx.dt_limit, seq_idx, first, dy, dlast, (dx, ddt, dB, dC)
-        )
+            x, dt, A, B, C, D, dt_bias, ctx.dt_limit, seq_idx, first, dy, dlast, (dx, ddt, dB, dC),
+            trained=any(ctx.needs_input_grad[i] for i in (2, 5, 6)),
+        )  # fmt: skip
         return dx, ddt, dA, dB, dC, dD, dbias, None, None, dfirst
 
 

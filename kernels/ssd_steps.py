@@ -277,7 +277,8 @@ def ddt_and_parameters(
     tiles: Tiles,
     ddt: Tensor,
 ) -> Tensor:
-    """Writes ddt, (B, S, H) with any strides but the last, 1; returns the gradients of A, D, dt_bias: (3, H) fp32."""
+    """Writes ddt, (B, S, H) with any strides but the last, 1; returns what each chunk adds to the gradients of A, D and
+    dt_bias: (3, B chunks, H) fp32."""
     Bt, S, H = dt.shape
     n_chunks = triton.cdiv(S, tiles.Q)
     parts = torch.empty(3, Bt * n_chunks, H, device=dt.device, dtype=torch.float32)
@@ -287,4 +288,4 @@ def ddt_and_parameters(
         dt.stride(0), dt.stride(1), ddt.stride(0), ddt.stride(1), *dt_limit, CLAMP=dt_limit != (0.0, torch.inf),
         R=tiles.R, BLOCK_H=block, num_warps=4,
     )  # fmt: skip
-    return parts.sum(1)
+    return parts
