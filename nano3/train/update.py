@@ -242,6 +242,17 @@ class Fused:
         self.incoming = {}
 
 
+class Part(NamedTuple):
+    """One component of a tensor as the kernel takes it: views of what is updated, but for the gradient."""
+
+    rows: slice  # of the rank's
+    weight: Tensor
+    first: Moment
+    second: Moment
+    place: Place
+    block: int
+
+
 class Compact:
     """One kernel for each tensor (`kernels/adamw.py`): moments in any form, with or without masters."""
 
@@ -253,6 +264,7 @@ class Compact:
         }
         self.moments: dict[str, tuple[Moment, Moment]] = {}
         self.incoming: dict[str, tuple[Moment, Moment]] = {}
+        self._parts: dict[str, list[Part]] = {}  # found once: an adapted model has hundreds of tensors
 
     def _form(self) -> str:
         return "wide" if self.config.moments == "fp32" else self.config.moments
@@ -261,19 +273,26 @@ class Compact:
         c, self.steps = self.config, self.steps + 1
         factor = torch.ones((), device=fine.device) if clip is None else clip
         factor = factor.where(fine, torch.nan)
+        decayed = Step(lr, c.adam_beta1, c.adam_beta2, c.adam_eps, c.weight_decay, self.steps)
+        steps = {True: decayed, False: decayed._replace(decay=0.0)}
         for name, g in gradients.items():
-            t, keys = self.tensors[name], keys_of(self.seed, name, self.steps)
-            if name not in self.moments:
-                self.moments[name] = _new(t, self._form())
-            decay = c.weight_decay if decays(t.parameter) else 0.0
-            step = Step(lr, c.adam_beta1, c.adam_beta2, c.adam_eps, decay, self.steps)
-            block = block_of(t.parameter.shape, t.split) or min(WIDEST, 1 << (g.shape[-1] - 1).bit_length())
-            first = 0
-            for piece in t.pieces:
-                rows = slice(first, first := first + piece.tensor.shape[0])
-                moments = (_rows(m, rows) for m in self.moments[name])
-                weight, gradient = _matrix(self.masters[name][rows]), _matrix(g[rows])
-                adamw(weight, gradient, *moments, factor, step, keys, _place(piece, t), block)
+            if name not in self._parts:
+                self._parts[name] = self._parts_of(name)
+            step, keys = steps[decays(self.tensors[name].parameter)], keys_of(self.seed, name, self.steps)
+            for rows, weight, first, second, place, block in self._parts[name]:
+                adamw(weight, _matrix(g[rows]), first, second, factor, step, keys, place, block)
+
+    def _parts_of(self, name: str) -> list[Part]:
+        """A tensor's components, each a matrix; its moments are made here if it has none yet."""
+        t, master, first, out = self.tensors[name], self.masters[name], 0, []
+        if name not in self.moments:
+            self.moments[name] = _new(t, self._form())
+        block = block_of(t.parameter.shape, t.split) or min(WIDEST, 1 << (master.shape[-1] - 1).bit_length())
+        for piece in t.pieces:
+            rows = slice(first, first := first + piece.tensor.shape[0])
+            moments = (_rows(m, rows) for m in self.moments[name])
+            out.append(Part(rows, _matrix(master[rows]), *moments, _place(piece, t), block))
+        return out
 
     def state(self) -> State:
         out: State = {}
@@ -285,6 +304,7 @@ class Compact:
 
     def resume_state(self, steps: int, stored: str | None) -> State:
         self.steps = steps
+        self._parts = {}
         for name, t in self.tensors.items():
             if not steps or not t.rows.numel():
                 continue
