@@ -246,7 +246,7 @@ def routing_groups(s: Sizes, dtype: torch.dtype) -> None:
         backward(scores, weights, None)
 
 
-@case(nano=True)
+@case()
 def experts_plain(
     s: Sizes, dtype: torch.dtype, buffers: torch.dtype | None = None, sink: Callable[[Tensor], GradientSink] = Buffer
 ) -> None:
