@@ -232,8 +232,8 @@ class Files:
         """The bytes from `start` to `end`, in pieces of PIECE and a rest.
 
         A piece is valid until the next one is asked for by the same thread, and begins with a whole element of any
-        dtype if `start` is where one begins.  Plain reads into one small buffer, not
-        the map: they are faster here, and a file that shrinks meanwhile is an error, not the end of the process.
+        dtype if `start` is where one begins.  Plain reads into one small buffer, not the map: they are faster here, and
+        a file that shrinks meanwhile is an error, not the end of the process.
         """
         if not hasattr(self._mine, "buffer"):
             self._mine.buffer = memoryview(bytearray(PIECE))

@@ -7,6 +7,7 @@ sequence pushes the scores themselves.  Routing and both statistics are fp32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -139,7 +140,8 @@ class MoE(nn.Module):
         return out, Balance(aux, counts)
 
     def step(self, u: Tensor, cache: None) -> Tensor:
-        return sum(self((u,) * self.READERS, Rows(), None, whole=True)[0])
+        summands, _ = self((u,) * self.READERS, Rows(), None, whole=True)
+        return functools.reduce(torch.add, summands)
 
 
 def sequence_balance_loss(

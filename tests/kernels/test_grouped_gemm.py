@@ -134,7 +134,12 @@ class Counting:
 
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton), "torch"])
-def test_the_first_gradient_of_a_sink_overwrites(backend: str, device: str) -> None:
+@pytest.mark.parametrize("few_rows", [0, 768])  # few or many rows to an expert: their gradients have other tiles
+def test_the_first_gradient_of_a_sink_overwrites(
+    few_rows: int, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if CAN_RUN_TRITON:
+        monkeypatch.setattr("kernels.grouped_gemm_weights.FEW_ROWS", few_rows)
     inputs, experts_TK = make(12, 16, 20, 4, 2, device), choices(12, 2, 4, "few").to(device)
     counts = torch.bincount(experts_TK.flatten(), minlength=4)
     leaves = [t.clone().requires_grad_() for t in inputs[:4]]
