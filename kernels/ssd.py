@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels import ssd_backward, ssd_backward_keys, ssd_forward, ssd_steps
+    from kernels import ssd_backward, ssd_backward_keys, ssd_forward, ssd_states, ssd_steps
 
 
 def time_steps(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
@@ -145,7 +145,7 @@ def forward(
     """The kernels of `ssd`, outside autograd.  Strides: any but the last, which is 1; initial_state contiguous."""
     tiles = ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3])
     steps = ssd_steps.prepare(dt, A, dt_bias, dt_limit, seq_idx, tiles)
-    states, last, _, _ = ssd_forward.carry_states(x, B, C, steps, tiles, initial_state)
+    (states, _), last = ssd_states.carry_states(x, B, C, steps, tiles, initial_state)
     return ssd_forward.scan(x, B, C, D, steps, states, seq_idx, tiles), last
 
 
@@ -174,9 +174,10 @@ def backward(
     dx, ddt, dB, dC = gradients
     tiles = ssd_steps.pick_tiles(x.dtype, x.device, x.shape[3], B.shape[3])
     steps = ssd_steps.prepare(dt, A, dt_bias, dt_limit, seq_idx, tiles)
-    states, _, dstates, dfirst = ssd_forward.carry_states(x, B, C, steps, tiles, initial_state, dy, dlast)
+    states, _ = ssd_states.carry_states(x, B, C, steps, tiles, initial_state, low=True)
+    dstates, dfirst, through = ssd_states.carry_gradients(x, B, C, steps, tiles, states, dy, dlast)
     dCB, own, flows = ssd_backward.dx_and_dCB(x, dy, B, C, D, steps, dstates, seq_idx, tiles, dx)
-    through = ssd_backward_keys.dB_and_dC(x, dy, B, C, dCB, steps, states, dstates, flows, tiles, dB, dC)
+    ssd_backward_keys.dB_and_dC(x, dy, B, C, dCB, steps, states[0], dstates, flows, tiles, dB, dC)
     parts = ssd_steps.ddt_and_parameters(dt, A, dt_bias, dt_limit, steps, own, flows, through, tiles, ddt)
     sums = (None,) * 3
     if trained:

@@ -15,9 +15,9 @@ sums minus column sums of M, which would cancel to noise if the two were not sum
 if they held the diagonal (often the largest part, and no decay passes over it): here both come from one M with a zero
 diagonal, in one program.
 
-Launches: `_prepare_kernel`, `_states_kernel` (S again and dS together), `_dx_kernel` (dx, dCB, what ddt needs of them),
-`_dBC_kernel` (dB, dC, r, keep <dS, S>; in `kernels.ssd_backward_keys`), `_ddt_kernel` (in `kernels.ssd_steps`), and one
-sum over chunks for A, D and dt_bias.
+Launches: `_prepare_kernel`, `_states_kernel` (S again), the same backwards (dS and keep <dS, S>; `kernels.ssd_states`),
+`_dx_kernel` (dx and dCB, what ddt needs of them), `_dBC_kernel` (dB, dC, e and r; in `kernels.ssd_backward_keys`),
+`_ddt_kernel` (in `kernels.ssd_steps`), and one sum over chunks for A, D and dt_bias.
 No atomics: every sum has one owner and one order.
 
 Two programs of `_dx_kernel` and of `_dBC_kernel` share a multiprocessor, if none takes more than half of its 64 K
@@ -31,7 +31,6 @@ from torch import Tensor
 
 from kernels._common import INTERPRET
 from kernels._descriptors import describable, descriptor
-from kernels.ssd_forward import load_rows
 from kernels.ssd_steps import (
     ACROSS,
     COLUMNS,
@@ -47,6 +46,7 @@ from kernels.ssd_steps import (
     TO_END,
     Steps,
     Tiles,
+    load_rows,
 )
 
 DESCRIPTORS = True  # x, dy and dS through tensor descriptors in `_dx_kernel`; False: by pointers everywhere

@@ -1,12 +1,10 @@
 """dB and dC, the last large kernel of the SSD's backward pass; `kernels.ssd_backward` has formulas and notation."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.ssd_forward import load_rows
-from kernels.ssd_steps import ENTER, FLOWS, FROM_START, KINDS, LEAVE, TO_END, Steps, Tiles
+from kernels.ssd_steps import ENTER, FLOWS, FROM_START, KINDS, LEAVE, TO_END, Steps, Tiles, load_rows
 
 
 @triton.jit
@@ -81,42 +79,18 @@ def _dBC_block(
 
 
 @triton.jit
-def _through_block(
-    keep_ptr,
-    states_ptr,
-    dstates_ptr,
-    through_ptr,
-    item,
-    g,
-    H: tl.constexpr,
-    SIZE: tl.constexpr,
-    SHARE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """keep <dS, S> of a chunk, for a group's heads.  The programs beside this one read the same states: L2 has them."""
-    e = tl.arange(0, SIZE)
-    for k in tl.range(0, SHARE, num_stages=STAGES):
-        vector = (item * H + g * SHARE + k).to(tl.int64)
-        state = tl.load(states_ptr + vector * SIZE + e).to(tl.float32)
-        dstate = tl.load(dstates_ptr + vector * SIZE + e).to(tl.float32)
-        tl.store(through_ptr + vector, tl.sum(state * dstate, axis=0) * tl.load(keep_ptr + vector))
-
-
-@triton.jit
 def _dBC_kernel(
     x_ptr,
     dy_ptr,
     B_ptr,
     C_ptr,
     vectors_ptr,
-    keep_ptr,
     states_ptr,
     dstates_ptr,
     dCB_ptr,
     dB_ptr,
     dC_ptr,
     flows_ptr,
-    through_ptr,
     S,
     H: tl.constexpr,
     n_chunks,
@@ -139,12 +113,12 @@ def _dBC_kernel(
     SHARE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program: one group and dB or dC of R tokens, or keep <dS, S> of a chunk.
+    """One program: one group and dB or dC of R tokens.
 
     dB, dC (B, S, G, N) with batch and token strides, the same for both, a token's groups side by side.
     """
-    role = tl.program_id(0) % 5
-    g = tl.program_id(0) // 5
+    role = tl.program_id(0) % 4
+    g = tl.program_id(0) // 4
     item = tl.program_id(1)
     row = item // n_chunks
     chunk = item % n_chunks
@@ -172,14 +146,10 @@ def _dBC_kernel(
             dy, H * P, P, C, C_token, B, B_token, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g,
             S, H, out_token, False, True, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
         )  # fmt: skip
-    elif role == 3:
+    elif role == 3:  # not else: then Triton 3.6 runs out of registers
         _dBC_block(
             dy, H * P, P, C, C_token, B, B_token, vectors_ptr, states_ptr, dCB, dC, flows_ptr, item, chunk, g,
             S, H, out_token, False, False, P, N, BLOCK_P, BLOCK_N, R, SHARE, STAGES,
-        )  # fmt: skip
-    else:
-        _through_block(
-            keep_ptr, states_ptr, dstates_ptr, through_ptr, item, g, H, BLOCK_P * BLOCK_N, SHARE, STAGES
         )  # fmt: skip
 
 
@@ -196,8 +166,8 @@ def dB_and_dC(
     tiles: Tiles,
     dB: Tensor,
     dC: Tensor,
-) -> Tensor:
-    """Writes dB and dC, and LEAVE and ENTER of the flows; returns keep <dS, S> per chunk and head.
+) -> None:
+    """Writes dB and dC, and LEAVE and ENTER of the flows.
 
     dB, dC: (B, S, G, N), rows and tokens anywhere but alike in both, the groups of a token side by side.
     """
@@ -205,12 +175,10 @@ def dB_and_dC(
     assert dB.stride() == dC.stride()
     assert dB.stride()[2:] == (N, 1)
     n_chunks = triton.cdiv(S, tiles.Q)
-    through = torch.empty_like(steps.keep)
-    _dBC_kernel[(5 * G, Bt * n_chunks)](
-        x, dy, B, C, *steps, states, dstates, dCB, dB, dC, flows, through,
+    _dBC_kernel[(4 * G, Bt * n_chunks)](
+        x, dy, B, C, steps.vectors, states, dstates, dCB, dB, dC, flows,
         S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
         C.stride(2), dB.stride(0), dB.stride(1), P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, SHARE=H // G,
         STAGES=tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
-    return through

@@ -6,11 +6,11 @@ Per head, a_t is the sum of dt A from the chunk's start through token t, S_c the
     S_{c+1} = exp(a_last) S_c + sum_j exp(a_last - a_j) dt_j x_j B_j^T
 
 Three launches.  `_prepare_kernel`: everything that depends on dt alone, one number per token and head each, and the
-resets of packed documents folded into it as zeros.  `_states_kernel`: one program carries a block of one head's state
-in fp32 registers through the whole row and leaves S_c behind in x's dtype, so no fp32 state and no partial state
-touch memory. `_scan_kernel`: one program per half chunk and group of heads; C B^T is made once and shared by the
-group's heads. At T tokens x, B, C are read twice, the states written and read once: 47 kB a token at Nemotron 3
-Nano's sizes in bf16.
+resets of packed documents folded into it as zeros.  `_states_kernel` (`kernels.ssd_states`): one program carries a
+block of one head's state in fp32 registers through the whole row and leaves S_c behind in x's dtype, so no fp32 state
+and no partial state touch memory.  `_scan_kernel`: one program per half chunk and group of heads; C B^T is made once
+and shared by the group's heads.  At T tokens x, B, C are read twice, the states written and read once: 47 kB a token at
+Nemotron 3 Nano's sizes in bf16.
 
 A chunk is two blocks of R tokens.  Inside a block the decay between two tokens takes an exponential per pair; from
 the first block to the second it is the product of two factors at most 1, so it takes none.  The diagonal of the
@@ -22,128 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels._common import INTERPRET
-from kernels.ssd_steps import DECAY, FROM_START, KINDS, LARGEST, MIDDLE, SOURCE, STEP, TO_END, Steps, Tiles, softplus
-
-
-@triton.jit
-def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
-    """[rows, cols] from row `start` on, zeros from row `end` and from column COLS on.  ptr: row 0."""
-    mask = (rows < end - start)[:, None]
-    if cols.shape[0] > COLS or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
-        mask = mask & (cols < COLS)[None, :]
-    ptr += start.to(tl.int64) * stride
-    return tl.load(ptr + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
-
-
-# --- states ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _states_kernel(
-    x_ptr,
-    B_ptr,
-    first_ptr,
-    states_ptr,
-    last_ptr,
-    dy_ptr,
-    C_ptr,
-    dlast_ptr,
-    dstates_ptr,
-    dfirst_ptr,
-    vectors_ptr,
-    keep_ptr,
-    S,
-    H,
-    n_chunks,
-    share,
-    x_batch,
-    x_token,
-    x_head,
-    B_batch,
-    B_token,
-    B_group,
-    C_batch,
-    C_token,
-    C_group,
-    FORWARD: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    HAS_DLAST: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT_P: tl.constexpr,
-    SPLIT_N: tl.constexpr,
-    R: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """One program: SPLIT_P x SPLIT_N of one head's state through the whole row; what enters each chunk is stored.
-
-        state <- keep state + sum_t weight_t value_t key_t^T
-
-    Forwards S, from x, B and to_end.  Backwards the gradient of the state that each chunk leaves, by the transposed
-    recurrence, from dy, C and from_start.  With both, each has its half of the grid: neither waits for the other.
-    states, dstates (B, chunks, H, BLOCK_P, BLOCK_N); first, last, dlast, dfirst (B, H, P, N); dy (B, S, H, P).
-    """
-    Q: tl.constexpr = 2 * R
-    row = tl.program_id(0) // H
-    h = tl.program_id(0) % H
-    b = row.to(tl.int64)
-    splits: tl.constexpr = BLOCK_N // SPLIT_N
-    p = (tl.program_id(1) // splits) * SPLIT_P + tl.arange(0, SPLIT_P)
-    n = (tl.program_id(1) % splits) * SPLIT_N + tl.arange(0, SPLIT_N)
-    q = tl.arange(0, Q)
-    block = p[:, None] * BLOCK_N + n[None, :]
-    real = (p < P)[:, None] & (n < N)[None, :]
-    exact = (b * H + h) * (P * N) + (p[:, None] * N + n[None, :])
-    # One loop for both directions: two would need twice the shared memory.
-    if BACKWARD and (not FORWARD or tl.program_id(2) == 1):
-        value_ptr = dy_ptr + (b * S * H + h) * P
-        value_token = H * P
-        key_ptr = C_ptr + b * C_batch + (h // share) * C_group
-        key_token = C_token
-        weight_ptr = vectors_ptr + FROM_START * Q
-        out_ptr = dstates_ptr
-        end_ptr = dfirst_ptr
-        chunk = n_chunks - 1
-        advance = -1
-        state = tl.zeros([SPLIT_P, SPLIT_N], dtype=tl.float32)
-        if HAS_DLAST:
-            state = tl.load(dlast_ptr + exact, mask=real, other=0.0).to(tl.float32)
-    else:
-        value_ptr = x_ptr + (b * x_batch + h * x_head)
-        value_token = x_token
-        key_ptr = B_ptr + b * B_batch + (h // share) * B_group
-        key_token = B_token
-        weight_ptr = vectors_ptr + TO_END * Q
-        out_ptr = states_ptr
-        end_ptr = last_ptr
-        chunk = n_chunks * 0
-        advance = 1
-        state = tl.zeros([SPLIT_P, SPLIT_N], dtype=tl.float32)
-        if HAS_FIRST:
-            state = tl.load(first_ptr + exact, mask=real, other=0.0).to(tl.float32)
-    for i in tl.range(0, n_chunks, num_stages=STAGES):
-        c = chunk + i * advance
-        start = c * Q
-        vector = ((row * n_chunks + c) * H + h).to(tl.int64)
-        tl.store(out_ptr + vector * (BLOCK_P * BLOCK_N) + block, state.to(out_ptr.dtype.element_ty))
-        token = (q < S - start)[None, :]
-        if P != BLOCK_P:
-            token = token & (p < P)[:, None]
-        p_value = value_ptr + start.to(tl.int64) * value_token
-        value = tl.load(p_value + (q[None, :] * value_token + p[:, None]), mask=token, other=0.0)  # [P, Q]
-        key = load_rows(key_ptr, start, key_token, S, q, n, N)  # [Q, N]
-        weight = tl.load(weight_ptr + vector * (KINDS * Q) + q)
-        value = (value.to(tl.float32) * weight[None, :]).to(key.dtype)
-        state = state * tl.load(keep_ptr + vector)
-        state = tl.dot(value, key, state, input_precision="ieee")  # [P, Q] @ [Q, N]
-    tl.store(end_ptr + exact, state, mask=real)
-
-
-# --- output ----------------------------------------------------------------------------------------------------------
+from kernels.ssd_steps import DECAY, FROM_START, KINDS, LARGEST, MIDDLE, SOURCE, STEP, Steps, Tiles, load_rows, softplus
 
 
 @triton.jit
@@ -287,7 +166,24 @@ def _scan_kernel(
         )  # fmt: skip
 
 
-# --- decoding --------------------------------------------------------------------------------------------------------
+def scan(
+    x: Tensor, B: Tensor, C: Tensor, D: Tensor, steps: Steps, states: Tensor, seq_idx: Tensor | None, tiles: Tiles
+) -> Tensor:
+    (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
+    n_chunks, share = triton.cdiv(S, tiles.Q), H // G
+    heads = max(k for k in range(1, min(share, 8) + 1) if share % k == 0)
+    y = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
+    _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
+        x, B, C, D, steps.vectors, states, y, x if seq_idx is None else seq_idx,
+        S, H, n_chunks, share,
+        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
+        C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
+        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, HEADS=heads, STAGES=tiles.stages, num_warps=tiles.warps,
+    )  # fmt: skip
+    return y
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -339,69 +235,6 @@ def _step_kernel(
     tl.store(new_ptr + block, state, mask=real)
     y = tl.sum(state * C[None, :], axis=1) + tl.load(D_ptr + h).to(tl.float32) * x
     tl.store(y_ptr + vector, y, mask=p < P)
-
-
-# --- launchers -------------------------------------------------------------------------------------------------------
-
-
-def carry_states(
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    steps: Steps,
-    tiles: Tiles,
-    initial_state: Tensor | None = None,
-    dy: Tensor | None = None,
-    dlast: Tensor | None = None,
-    forward: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """States entering each chunk and after the last; with dy (contiguous), also gradients of the state leaving each
-    chunk and of the initial state.  (B, chunks, H, padded P, padded N) in x's dtype, and (B, H, P, N) in fp32; None
-    if not asked.
-    """
-    (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
-    n_chunks = triton.cdiv(S, tiles.Q)
-    backward = dy is not None
-
-    def outputs(wanted: bool) -> tuple[Tensor | None, Tensor | None]:
-        if not wanted:
-            return None, None
-        return x.new_empty(Bt, n_chunks, H, tiles.P, tiles.N), x.new_empty(Bt, H, P, N, dtype=torch.float32)
-
-    (states, last), (dstates, dfirst) = outputs(forward), outputs(backward)
-    # A row is walked in order, so programs come from heads and pieces of the state only: enough pieces to fill the GPU.
-    split_p, split_n = tiles.P, min(tiles.N, 64)
-    if not INTERPRET:
-        while Bt * H * (tiles.P // split_p) * (tiles.N // split_n) < 120 and split_n > 32:
-            split_n //= 2
-        while Bt * H * (tiles.P // split_p) * (tiles.N // split_n) < 120 and split_p > 32:
-            split_p //= 2
-    _states_kernel[(Bt * H, (tiles.P // split_p) * (tiles.N // split_n), forward + backward)](
-        x, B, initial_state, states, last, dy, C, dlast, dstates, dfirst, *steps,
-        S, H, n_chunks, H // G,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
-        C.stride(2), FORWARD=forward, BACKWARD=backward, HAS_FIRST=initial_state is not None, HAS_DLAST=dlast is not
-        None, P=P, N=N, BLOCK_P=tiles.P, BLOCK_N=tiles.N, SPLIT_P=split_p, SPLIT_N=split_n, R=tiles.R,
-        STAGES=tiles.stages + 1 if tiles.stages > 1 else 1, num_warps=4,
-    )  # fmt: skip
-    return states, last, dstates, dfirst
-
-
-def scan(
-    x: Tensor, B: Tensor, C: Tensor, D: Tensor, steps: Steps, states: Tensor, seq_idx: Tensor | None, tiles: Tiles
-) -> Tensor:
-    (Bt, S, H, P), (G, N) = x.shape, B.shape[2:]
-    n_chunks, share = triton.cdiv(S, tiles.Q), H // G
-    heads = max(k for k in range(1, min(share, 8) + 1) if share % k == 0)
-    y = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
-    _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
-        x, B, C, D, steps.vectors, states, y, x if seq_idx is None else seq_idx,
-        S, H, n_chunks, share,
-        x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
-        C.stride(2), 0 if seq_idx is None else seq_idx.stride(0), HAS_IDX=seq_idx is not None, P=P, N=N,
-        BLOCK_P=tiles.P, BLOCK_N=tiles.N, R=tiles.R, HEADS=heads, STAGES=tiles.stages, num_warps=tiles.warps,
-    )  # fmt: skip
-    return y
 
 
 def step(

@@ -70,6 +70,16 @@ def pick_tiles(dtype: torch.dtype, device: torch.device, P: int, N: int) -> Tile
 
 
 @triton.jit
+def load_rows(ptr, start, stride, end, rows, cols, COLS: tl.constexpr):
+    """[rows, cols] from row `start` on, zeros from row `end` and from column COLS on.  ptr: row 0."""
+    mask = (rows < end - start)[:, None]
+    if cols.shape[0] > COLS or COLS & (COLS - 1) != 0:  # else no block of columns reaches past the row's end
+        mask = mask & (cols < COLS)[None, :]
+    ptr += start.to(tl.int64) * stride
+    return tl.load(ptr + (rows[:, None] * stride + cols[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def softplus(v):
     """max(v, 0) + log(1 + exp(-|v|)), the logarithm as a series in u / (2 + u): right to 1e-7 for tiny u too."""
     u = tl.exp(-tl.abs(v))
@@ -212,6 +222,7 @@ def _ddt_kernel(
     CLAMP: tl.constexpr,
     R: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """One program: a chunk, BLOCK_H heads.  q (module docstring), then the chain rule through clamp and softplus.
 
@@ -236,7 +247,8 @@ def _ddt_kernel(
     columns = tl.load(p_f + COLUMNS * Q, mask=some, other=0.0)
     crossing = (columns - rows) + tl.load(p_f + ENTER * Q, mask=some, other=0.0)
     across = tl.load(p_f + ACROSS * Q, mask=some, other=0.0)
-    through = tl.load(through_ptr + vector, mask=heads, other=0.0)
+    p_through = through_ptr + vector[:, None] * PARTS + tl.arange(0, PARTS)[None, :]
+    through = tl.sum(tl.load(p_through, mask=some, other=0.0), axis=1)
     flow = tl.cumsum(crossing, axis=1, reverse=True) + (tl.cumsum(leave, axis=1) - leave) + through[:, None]
     from_first = tl.cumsum(across, axis=1) - across
     to_second = tl.cumsum(across, axis=1, reverse=True)
@@ -286,6 +298,6 @@ def ddt_and_parameters(
     _ddt_kernel[(Bt * n_chunks, triton.cdiv(H, block))](
         dt, A, dt_bias, steps.vectors, own, flows, through, ddt, parts, S, H, n_chunks, H // own.shape[2],
         dt.stride(0), dt.stride(1), ddt.stride(0), ddt.stride(1), *dt_limit, CLAMP=dt_limit != (0.0, torch.inf),
-        R=tiles.R, BLOCK_H=block, num_warps=4,
+        R=tiles.R, BLOCK_H=block, PARTS=through.shape[-1], num_warps=4,
     )  # fmt: skip
     return parts

@@ -154,6 +154,23 @@ def test_gradient_of_one_output_alone(y_grad: bool, last_grad: bool, device: str
     check(Shape(S=40, H=2), device, torch.float32, y_grad, last_grad)
 
 
+@pytest.mark.parametrize("S", [1, 40])
+def test_what_decays_over_a_chunk_is_not_rounded(S: int, device: str) -> None:
+    """With x = 0 and the last state alone in the loss, dA is the inner product of a state and its gradient, of chunk
+    after chunk.  Either of them rounded to bf16 would give an error of 1e-3; two pieces of bf16 hold 16 bits."""
+    shape = Shape(S=S, decay=(0.01, 0.1))
+    drawn = draw(shape, device)
+    drawn["xBC"].zero_()
+    narrow, truth = (inputs(shape, drawn, dtype, torch.bfloat16) for dtype in (torch.bfloat16, torch.float64))
+    arguments = [*narrow.arguments]
+    for i in (1, 2, 6):  # dt, A and its bias: what comes back is not to be rounded either
+        arguments[i] = arguments[i].detach().float().requires_grad_()
+    last = kernel(*arguments, 32, shape.limit, None, narrow.initial)[1]
+    ours = torch.autograd.grad(last, arguments[2], drawn["dlast"].to(last.dtype))[0]
+    exact = truth.run(ssd_reference, None, drawn["dlast"])[NAMES.index("dA")]
+    assert relative_error(ours, exact) < 2e-5
+
+
 def test_chunked_reference_is_the_recurrence() -> None:
     s = Shape(Bt=2, S=21, documents=(4, 9))
     drawn = draw(s, "cpu")
