@@ -147,7 +147,7 @@ class _AdaptedExperts(torch.autograd.Function):
         place: Tensor,
         tiles: "Tiles",
     ) -> Tensor:
-        configs = _tiles_of_products(x, up, down)
+        configs = _tiles_of_products(x, up, down, max((t.shape[-2] for t in (A, A2) if t is not None), default=0))
         weights_R = weights.flatten().index_select(0, order)
         x_rows, *where = _find_rows(x, order, place, configs["up"].copy)
         thin = _thin(A, True, scale, x, x_rows, where, order, place, tiles, configs["up"])
@@ -200,12 +200,15 @@ class _AdaptedExperts(torch.autograd.Function):
         return dx, dweights, *(None,) * 4, dA, dB, dA2, dB2, *(None,) * 4
 
 
-def _tiles_of_products(x: Tensor, up: Tensor, down: Tensor) -> dict[str, "Config"]:
-    """Those of the base, but for Blackwell, where Triton 3.6 compiles no product that follows a flattened loop."""
+def _tiles_of_products(x: Tensor, up: Tensor, down: Tensor, rank: int) -> dict[str, "Config"]:
+    """Those of the base, but for Blackwell.  There Triton 3.6 compiles no product that follows a flattened loop, and gives
+    each product of a program columns of tensor memory of its own: the base's, and every 32 columns of the adapter's."""
     configs = choose_configs(x, up, down)
     if INTERPRET or torch.cuda.get_device_capability(x.device)[0] != 10:
         return configs
-    return {name: c._replace(flatten=False) for name, c in configs.items()}
+    widest = 512 // (1 + triton.cdiv(rank, 32))
+    width = max(16, 1 << (widest.bit_length() - 1))
+    return {name: c._replace(flatten=False, block_n=min(c.block_n, width)) for name, c in configs.items()}
 
 
 def _low(thin: Tensor | None, matrix: Tensor | None, is_nk: bool) -> "LowRank | None":

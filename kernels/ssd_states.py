@@ -118,7 +118,8 @@ def _states_kernel(
             entering = tl.load(states_ptr + at).to(tl.float32)
             if low_ptr is not None:
                 entering += tl.load(low_ptr + at).to(tl.float32)
-            part = tl.sum(tl.sum(state * entering, axis=1), axis=0)
+            # As one row: Triton 3.6 has a fault in sums over an axis of what sm_100 keeps in tensor memory.
+            part = tl.sum(tl.reshape(state * entering, [SPLIT_P * SPLIT_N]), axis=0)
             tl.store(through_ptr + vector * tl.num_programs(1) + tl.program_id(1), part)
         state = tl.dot(value, key, state, input_precision="ieee")  # [P, Q] @ [Q, N]
     tl.store(end_ptr + exact, state, mask=real)

@@ -290,7 +290,7 @@ def experts_adapted(s: Sizes, dtype: torch.dtype, lead: tuple[int, ...] | None =
 def experts_adapted_other(s: Sizes, dtype: torch.dtype) -> None:
     """One adapter for all experts, and ranks of another width."""
     experts_adapted(s, dtype, ())
-    for rank in (16, 64):
+    for rank in (16, 64, 128):
         experts_adapted(s, dtype, rank=rank)
 
 
