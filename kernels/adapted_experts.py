@@ -201,8 +201,9 @@ class _AdaptedExperts(torch.autograd.Function):
 
 
 def _tiles_of_products(x: Tensor, up: Tensor, down: Tensor, rank: int) -> dict[str, "Config"]:
-    """Those of the base, but for Blackwell.  There Triton 3.6 compiles no product that follows a flattened loop, and gives
-    each product of a program columns of tensor memory of its own: the base's, and every 32 columns of the adapter's."""
+    """Those of the base, but for Blackwell.  There Triton 3.6 compiles no product that follows a flattened loop, and
+    every product of a program has columns of tensor memory of its own: the base's, and each 32 columns of the adapter.
+    """
     configs = choose_configs(x, up, down)
     if INTERPRET or torch.cuda.get_device_capability(x.device)[0] != 10:
         return configs
