@@ -16,6 +16,9 @@ class Linear(nn.Linear):
         super().__init__(width_in, width_out, bias=False)
         self.ends_block = ends_block
 
+    def reset_parameters(self) -> None:
+        """Nothing: values come from `initialise` or a checkpoint."""
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         return linear(x, self.weight, sink_of(self.weight), self.ends_block)
 
@@ -24,6 +27,9 @@ class Embedding(nn.Embedding):
     def __init__(self, ids: int, width: int, backend: str = "auto") -> None:
         super().__init__(ids, width)
         self.backend = backend
+
+    def reset_parameters(self) -> None:
+        """Nothing, as above.  On the meta device PyTorch's own would import its compiler, for a second or two."""
 
     def forward(self, ids: Tensor) -> Tensor:  # (...) -> (..., D)
         return embedding(ids, self.weight, sink_of(self.weight), self.backend)

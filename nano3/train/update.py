@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as fused_adamw
 
 from kernels.adamw import WIDEST, Moment, Place, Step, adamw, decode, keys_of, store
 from nano3.config import OptimizerConfig, UserError
@@ -171,48 +172,56 @@ def _convert(there: Moment, here: Moment, block: int) -> None:
 
 
 class Fused:
-    """torch's fused AdamW on fp32 masters."""
+    """torch's fused AdamW on fp32 masters.
+
+    Its kernel is called as torch.optim.AdamW does it, without that class, which imports PyTorch's compiler.
+    """
 
     def __init__(self, tensors: dict[str, Tensors], c: OptimizerConfig) -> None:
-        self.tensors = tensors
+        self.tensors, self.config = tensors, c
         self.incoming: dict[str, tuple[Moment, Moment]] = {}
         self.masters = {n: t.rows.to(torch.promote_types(t.rows.dtype, torch.float32)) for n, t in tensors.items()}
-        held = {n: m for n, m in self.masters.items() if m.numel()}
-        groups = [
-            {
-                "params": [m for n, m in held.items() if decays(tensors[n].parameter) == wanted],
-                "weight_decay": c.weight_decay if wanted else 0.0,
-            }
-            for wanted in (True, False)
-        ]
-        self.inner = torch.optim.AdamW(
-            [g for g in groups if g["params"]] or [{"params": [torch.zeros(0)]}],  # a frozen stage; torch wants some
-            lr=c.lr,
-            betas=(c.adam_beta1, c.adam_beta2),
-            eps=c.adam_eps,
-            fused=True,
-        )
+        self.moments: dict[str, dict[str, Tensor]] = {}  # as torch names them, from a tensor's first update on
 
     def apply(self, gradients: dict[str, Tensor], clip: Tensor | None, lr: float, fine: Tensor) -> None:
         if clip is not None and gradients:
             torch._foreach_mul_(list(gradients.values()), clip)
-        for name, g in gradients.items():
-            self.masters[name].grad = g
-        for group in self.inner.param_groups:
-            group["lr"] = lr
-        self.inner.found_inf = (~fine).float()  # as torch's loss scaling says it to this kernel: 1 changes nothing
-        self.inner.step()
-        for master in self.masters.values():
-            master.grad = None
+        for wanted in (True, False):
+            names = [n for n in gradients if decays(self.tensors[n].parameter) == wanted]
+            for n in names:
+                if n not in self.moments:
+                    self.moments[n] = self._zeros(n, 0)
+            if names:
+                fused_adamw(
+                    [self.masters[n] for n in names],
+                    [gradients[n] for n in names],
+                    *([self.moments[n][kind] for n in names] for kind in ("exp_avg", "exp_avg_sq")),
+                    [],
+                    [self.moments[n]["step"] for n in names],
+                    fused=True,
+                    found_inf=(~fine).float(),  # as torch's loss scaling says it to this kernel: 1 changes nothing
+                    amsgrad=False,
+                    beta1=self.config.adam_beta1,
+                    beta2=self.config.adam_beta2,
+                    lr=lr,
+                    weight_decay=self.config.weight_decay if wanted else 0.0,
+                    eps=self.config.adam_eps,
+                    maximize=False,
+                )
+
+    def _zeros(self, name: str, steps: int) -> dict[str, Tensor]:
+        master = self.masters[name]
+        step = torch.full((), float(steps), dtype=torch.float32, device=master.device)
+        return {"step": step} | {kind: torch.zeros_like(master) for kind in ("exp_avg", "exp_avg_sq")}
 
     @property
     def steps(self) -> int:
-        return next((int(s["step"]) for s in self.inner.state.values()), 0)
+        return next((int(m["step"]) for m in self.moments.values()), 0)
 
     def state(self) -> State:
         out: State = {}
         for name, master in self.masters.items():
-            moments = self.inner.state.get(master, {})
+            moments = self.moments.get(name, {})
             out[name] = {k: moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
             if master.dtype != self.tensors[name].rows.dtype:
                 out[name]["master"] = master
@@ -224,11 +233,7 @@ class Fused:
                 continue
             if stored == "8bit" and block_of(self.tensors[name].parameter.shape, self.tensors[name].split):
                 self.incoming[name] = _new(self.tensors[name], "8bit", CPU)
-            self.inner.state[master] = {
-                "step": torch.tensor(float(steps), device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
+            self.moments[name] = self._zeros(name, steps)
         out = self.state()
         for name, moments in self.incoming.items():
             out[name] |= _named(moments)

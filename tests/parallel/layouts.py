@@ -1,6 +1,6 @@
 """A pool of ranks that runs one layout after another, and what one process computes, to compare with.
 
-Started once: importing torch in eight processes takes longer than all the layouts together.
+Started once, by the server of `ranks.py`, which has imported torch already.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from kernels.fp8 import expanded
@@ -38,6 +37,7 @@ from nano3.train.optim import AdamW
 from nano3.train.plan import rank_parts
 from nano3.train.step import evaluate, training_step
 from nano3.train.storage import Progress
+from tests.parallel.ranks import CONTEXT
 from tests.train.small import small
 
 CPU = torch.device("cpu")
@@ -292,14 +292,13 @@ class Pool:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        context = mp.get_context("spawn")
-        self.outbox = context.Queue()
-        self.inboxes = [context.Queue() for _ in range(world)]
+        self.outbox = CONTEXT.Queue()
+        self.inboxes = [CONTEXT.Queue() for _ in range(world)]
         self.folder = tempfile.TemporaryDirectory()
         self.truths: dict[Case, str] = {}
         self.last = (0.0, 0.0)  # the losses of the last step and of the evaluation of the last case
         self.processes = [
-            context.Process(target=_work, args=(r, world, port, box, self.outbox), daemon=True)
+            CONTEXT.Process(target=_work, args=(r, world, port, box, self.outbox), daemon=True)
             for r, box in enumerate(self.inboxes)
         ]
         for p in self.processes:
