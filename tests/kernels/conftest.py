@@ -22,6 +22,32 @@ CAN_RUN_TRITON = INTERPRET or CUDA
 needs_triton = pytest.mark.skipif(not CAN_RUN_TRITON, reason="Triton kernels need CUDA or TRITON_INTERPRET=1")
 
 
+def _patch_the_language_once() -> None:
+    """Triton's interpreter replaces the functions of `tl` at a launch, and once more at each call of a function within
+    the kernel, which takes a quarter of its time.  The first call in a launch will do."""
+    from triton.runtime import interpreter
+
+    patch, language = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
+    done: set[str] = set()  # modules that the launch in progress has patched
+
+    def once(fn):
+        modules = {m.__name__ for m in language if any(v is m for v in fn.__globals__.values())}
+        if done and modules <= done:
+            return None  # for a call within a kernel; a launch begins with none done, and restores what it is given
+        scope = patch(fn)
+        if not done:
+            restore = scope.restore
+            scope.restore = lambda: (done.clear(), restore())
+        done.update(modules)
+        return scope
+
+    interpreter._patch_lang = once
+
+
+if INTERPRET:
+    _patch_the_language_once()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = "needs a compiled kernel: TRITON_INTERPRET=1 is set" if INTERPRET else "needs a CUDA device"
     for item in items:
