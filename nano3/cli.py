@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from nano3.config import KINDS, Config, UserError, keys_of, merge, nearest
+from nano3.config import KINDS, Config, UserError, keys_of, merge, nearest, schema
 from nano3.presets import DEFAULT, PRESETS, layers
 
 ALIASES = {  # what NVIDIA's commands say -> what it is here
@@ -100,7 +100,7 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
         *asked,
         ("command line", {"mode": args.mode}),
     ]
-    node = OmegaConf.structured(Config)
+    node = schema(Config)
     for source, layer in given:
         layer = _one_unit_each(node, OmegaConf.create(layer), source)
         node = merge(node, layer, source)

@@ -7,6 +7,7 @@ that users of NVIDIA's scripts type today.  A trailing comment gives the letter 
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import operator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -519,9 +520,15 @@ def keys_of(cls: type, prefix: str = "") -> list[str]:
     return out
 
 
+@functools.cache
+def schema(cls: type) -> Any:
+    """What omegaconf makes of a dataclass.  To be merged into, which copies it, and not to be changed."""
+    return OmegaConf.structured(cls)
+
+
 def fill(cls: type, values: dict[str, Any], source: str) -> Any:
     """An instance of the dataclass `cls` from nested `values`, type-checked.  `source` is named in errors."""
-    return merge(OmegaConf.structured(cls), OmegaConf.create(values), source, to_object=True)
+    return merge(schema(cls), OmegaConf.create(values), source, to_object=True)
 
 
 def merge(base: Any, layer: Any, source: str, *, to_object: bool = False) -> Any:
