@@ -199,10 +199,11 @@ def find_model(name: str, revision: str | None = None, setting: str = "--hf-mode
     if Path(name).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"{setting} {quote(name)}: no such folder, and not an id of the hub such as nvidia/NAME")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
         kept = ["*.safetensors", INDEX, *(f"*{end}" for end in SMALL_FILES), *SMALL_NAMES]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=kept))
+        offline = constants.HF_HUB_OFFLINE  # said again: releases before 2 ask the network about a commit's files
+        return Path(snapshot_download(name, revision=revision, allow_patterns=kept, local_files_only=offline))
     except Exception as error:  # the hub's client has dozens of kinds; each means that there is no model
         at = f" at revision {revision}" if revision else ""
         raise UserError(
