@@ -334,7 +334,8 @@ def test_hub_ids_go_through_huggingface_hub(folder: Path, monkeypatch, capsys: p
         (snapshot / path.name).symlink_to(f"../../blobs/{i}")
     asked = []
 
-    def download(repo: str, revision: str | None = None, allow_patterns: list[str] | None = None) -> str:
+    def download(repo: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only  # HF_HUB_OFFLINE is not set
         asked.append((repo, revision, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
         return str(snapshot)
 
