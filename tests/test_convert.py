@@ -335,11 +335,12 @@ def test_hub_ids_go_through_huggingface_hub(folder: Path, monkeypatch, capsys: p
     asked = []
 
     def download(repo: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
-        assert not local_files_only  # HF_HUB_OFFLINE is not set
+        assert not local_files_only
         asked.append((repo, revision, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     out = folder.parent / "ckpt"
     run("import", "--hf-model", "nvidia/tiny", "--revision", "v1", "--megatron-path", out, "--trust-remote-code")
     assert asked == [("nvidia/tiny", "v1", True, False)]
