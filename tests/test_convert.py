@@ -321,7 +321,10 @@ def test_compare_with_transformers(tmp_path: Path, capsys: pytest.CaptureFixture
     fails(capsys, ["compare", "--hf-model", folder, "--prompt", "words"], "token ids")
 
 
-def test_hub_ids_go_through_huggingface_hub(folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("offline", [False, True])
+def test_hub_ids_go_through_huggingface_hub(
+    folder: Path, monkeypatch, capsys: pytest.CaptureFixture[str], offline: bool
+) -> None:
     """In its cache every file is a link to a blob; those are followed, other links out of a folder are not."""
     import huggingface_hub
 
@@ -335,12 +338,12 @@ def test_hub_ids_go_through_huggingface_hub(folder: Path, monkeypatch, capsys: p
     asked = []
 
     def download(repo: str, *, revision: str | None, allow_patterns: list[str], local_files_only: bool) -> str:
-        assert not local_files_only
+        assert local_files_only == offline
         asked.append((repo, revision, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     out = folder.parent / "ckpt"
     run("import", "--hf-model", "nvidia/tiny", "--revision", "v1", "--megatron-path", out, "--trust-remote-code")
     assert asked == [("nvidia/tiny", "v1", True, False)]

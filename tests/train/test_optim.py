@@ -1,5 +1,8 @@
 """AdamW: decay groups, clipping, masters, accumulation, against torch's AdamW and against arithmetic; fewer bytes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from nano3.model.init import initialise
 from nano3.parallel.tensor import Split
 from nano3.train.optim import AdamW, decays
 from nano3.train.update import Compact, Fused, block_of, check_forms
+from tests.conftest import ROOT
 from tests.oracles import GOLDEN, our_model
 
 
@@ -177,3 +181,24 @@ def test_state_restores_the_same_future(config: OptimizerConfig) -> None:
     advance(second, b, 2)
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_neither_the_model_nor_its_update_imports_the_compiler() -> None:
+    """PyTorch's takes a second or two of every start, and nothing here is compiled by it."""
+    script = (
+        "import sys, torch\n"
+        "from tests.train.small import small\n"
+        "from nano3.model.init import allocate, initialise\n"
+        "from nano3.train.checkpoint import build\n"
+        "from nano3.train.optim import AdamW\n"
+        "c = small()\n"
+        "model = allocate(build(c.model), torch.device('cpu'), torch.float32)\n"
+        "initialise(model, c.model, 0)\n"
+        "optimizer = AdamW(model, c.optimizer)\n"
+        "for p in model.parameters():\n"
+        "    p.sum().backward()\n"
+        "optimizer.step(1e-3)\n"
+        "assert optimizer.steps == 1\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
