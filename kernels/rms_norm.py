@@ -93,7 +93,7 @@ def _forward(x: Tensor, summands: Sequence[Tensor], weight: Tensor, eps: float) 
 
 
 # With n = x * rstd and m = mean(weight * dy * n):   dx = rstd * (weight * dy - n * m),   dweight = sum_t dy * n.
-# Every summand receives dx plus the gradient that reaches the sum from later layers.
+# Every summand receives dx plus the gradient that reaches the sum from later layers, added before the one rounding.
 @jit(do_not_specialize=["T", "steps"])
 def _bwd_kernel(
     x_ptr, weight_ptr, dy_ptr, dy2_ptr, dy3_ptr, dsum_ptr, dx_ptr, dweight_ptr, T, steps, x_stride, dy_stride,
@@ -127,7 +127,6 @@ def _bwd_kernel(
         dweight += dy * n
         dx = (wdy - n * m) * rstd
         if ADD:
-            dx = dx.to(dx_ptr.dtype.element_ty).to(tl.float32)  # as an addition of two tensors would find it
             dx += tl.load(dsum_ptr + rows * dsum_stride + cols, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows * D + cols, dx, mask=mask)
     dweight = tl.sum(dweight, axis=0, keep_dims=True)  # [1, BLOCK]

@@ -112,8 +112,21 @@ def test_one_summand_and_one_reader_are_additions_to_the_bit(
         chosen = [outputs[i] for i in used], leaves, [grads[i] for i in used]
         return [*outputs, *torch.autograd.grad(*chosen, allow_unused=True)]
 
-    for a, b in zip(gradients(join(1)), gradients(apart), strict=True):
+    for i, (a, b) in enumerate(zip(gradients(join(1)), gradients(apart), strict=True)):
+        if dtype == torch.bfloat16 and len(used) == 2 and 2 <= i < 3 + summands:
+            continue  # the sum of two gradients, rounded once instead of twice: the next test
         assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)], ids=str)
+@pytest.mark.parametrize("readers", [1, 3])
+def test_the_streams_gradient_is_rounded_once(readers: int, dtype: torch.dtype, device: str) -> None:
+    inputs = [torch.randn(9, 72, device=device).to(dtype), (torch.rand(72, device=device) + 0.5).to(dtype)]
+    grads = [torch.randn(9, 72, device=device).to(dtype) for _ in range(1 + readers)]
+    got = run(join(readers), inputs, grads, dtype)["gradient 0"]
+    truth = run(reference(readers), inputs, grads, torch.float64)["gradient 0"]
+    # What fp32 leaves is 1e-7 beside the rounding's 2e-4 (fp16) or 2e-3; it tips a few ties.  Two roundings: 1.2 times.
+    assert relative_error(got, truth) < 1.01 * relative_error(truth.to(dtype), truth)
 
 
 def test_leading_dimensions_and_expanded_gradients(device: str) -> None:

@@ -1,4 +1,4 @@
-"""The same run on the GPU: kernels on, against the CPU in fp32."""
+"""The same run on the GPU: kernels on, against the CPU."""
 
 import json
 import warnings
@@ -11,6 +11,7 @@ from nano3.cli import parser, resolve
 from nano3.model.init import allocate, initialise, named_tensors
 from nano3.parallel.mesh import Mesh
 from nano3.train.loop import Trainer
+from tests.kernels.conftest import relative_error
 from tests.oracles import CPU
 
 STEPS = 20
@@ -28,34 +29,30 @@ def losses(device: str, precision: str) -> list[float]:
     return [trainer._step()[0].loss for _ in range(STEPS)]
 
 
-@pytest.fixture(scope="module")
-def truth() -> list[float]:
-    torch.set_num_threads(8)
-    return losses("cpu", "fp32")
-
-
-def errors(device: str, precision: str, truth: list[float]) -> list[float]:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    found = [abs(a - b) / b for a, b in zip(losses(device, precision), truth, strict=True)]
-    print(f"{device} {precision}: {' '.join(f'{e:.0e}' for e in found)}")
-    return found
+@pytest.fixture
+def exact_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.mark.gpu
-def test_twenty_steps_of_tiny_in_fp32_give_the_cpus_losses(truth: list[float]) -> None:
-    assert max(errors("cuda", "fp32", truth)) <= 1e-5
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-3)])
+def test_twenty_steps_of_tiny_give_the_cpus_losses(precision: str, bound: float, exact_fp32: None) -> None:
+    """Without a kernel of ours and in the same precision; relative error in the Euclidean norm over the steps.
 
-
-@pytest.mark.gpu
-def test_twenty_steps_of_tiny_in_bf16_follow_the_cpus_losses(truth: list[float]) -> None:
-    """1e-3 at the first step, where only the forward pass counts; over all steps twice what eager bf16 differs by.
-
-    The loss falls by a quarter in three of these steps of Adam at 1e-4, whose updates are a third of a bf16 unit of the
-    weights they move: what rounds up at once and what a step later differs there by up to 3 %, kernels or not.
+    bf16: steps move weights by units of bf16, so what is rounded otherwise grows: 3e-4 at the first step, 2e-3 at the
+    eighteenth, 7e-4 in the norm.  The run in fp32 is no measure for it: the CPU's own bf16 is 3 % off it in places.
     """
-    ours, eager = (errors(device, "bf16", truth) for device in ("cuda", "cpu"))
-    assert ours[0] <= 1e-3
-    assert sum(ours) <= 2 * sum(eager)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        truth = torch.tensor(losses("cpu", precision), dtype=torch.float64)
+    finally:
+        torch.set_num_threads(threads)
+    ours = torch.tensor(losses("cuda", precision), dtype=torch.float64)
+    print(f"{precision}: {' '.join(f'{e:.0e}' for e in (ours / truth - 1).abs().tolist())}")
+    assert relative_error(ours, truth) <= bound
+    if precision == "fp32":
+        assert (ours / truth - 1).abs().max() <= bound
 
 
 @pytest.mark.gpu
