@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.measure import Case, gpu_ms, print_json, print_table, run_cases
 from kernels import grouped_gemm_configs, grouped_gemm_rows, grouped_gemm_weights
 from kernels.grouped_gemm import experts, sort_by_expert
-from kernels.grouped_gemm_configs import HOPPER_COPY, HOPPER_GATHER, Config, choose_configs
+from kernels.grouped_gemm_configs import HOPPER_COPY, HOPPER_GATHER, HOPPER_NARROW, Config, choose_configs
 from kernels.grouped_gemm_rows import down_rows, down_rows_backward, up_rows, up_rows_backward
 from kernels.grouped_gemm_weights import weight_gradient
 from kernels.permute import copy_rows, plan_rows, sum_rows
@@ -341,7 +341,7 @@ def cases(T: int) -> Iterator[Case]:
     yield from routing_cases(T)
 
 
-# Beside HOPPER_GATHER and HOPPER_COPY.  Tiles are M, N, K, warps, stages, programs per multiprocessor, one loop over
+# Beside the tables of the kernels.  Tiles are M, N, K, warps, stages, programs per multiprocessor, one loop over
 # tiles and steps.  All rows are cut into 128, so that any choice for the products makes one whole block.
 ROW_CONFIGS = [
     Config(128, 256, 64, 8, 4, copy=True),
@@ -423,7 +423,8 @@ def sweep(T: int, after: int = 0) -> None:
     best, number = dict(HOPPER_GATHER), 0
     for name, f in p.ours.items():
         true, found = f(HOPPER_GATHER[name]), []
-        configs = [HOPPER_GATHER[name], HOPPER_COPY[name], *(WEIGHT_CONFIGS if name in WEIGHTS else ROW_CONFIGS)]
+        tables = HOPPER_GATHER, HOPPER_COPY, HOPPER_NARROW
+        configs = [*(t[name] for t in tables), *(WEIGHT_CONFIGS if name in WEIGHTS else ROW_CONFIGS)]
         if name in ("down", "dX"):  # which gather nothing
             configs = [c._replace(copy=False) for c in configs]
         for config in dict.fromkeys(configs):

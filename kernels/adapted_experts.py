@@ -204,7 +204,7 @@ def _tiles_of_products(x: Tensor, up: Tensor, down: Tensor, rank: int) -> dict[s
     """Those of the base, but for Blackwell.  There Triton 3.6 compiles no product that follows a flattened loop, and
     every product of a program has columns of tensor memory of its own: the base's, and each 32 columns of the adapter.
     """
-    configs = choose_configs(x, up, down)
+    configs = choose_configs(x, up, down, thin=True)
     if INTERPRET or torch.cuda.get_device_capability(x.device)[0] != 10:
         return configs
     widest = 512 // (1 + triton.cdiv(rank, 32))

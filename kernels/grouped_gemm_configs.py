@@ -18,7 +18,8 @@ class Config(NamedTuple):
     stages: int
     per_sm: int = 1  # resident programs per multiprocessor
     flatten: bool = True  # one loop over (tile, k): the next tile's loads start during this tile's epilogue
-    extra_n: int = 0  # a tile is block_n + extra_n wide: 128 + 64 = 192 divides 2688, and Triton wants powers of two
+    extra_n: int = 0  # a tile is block_n + extra_n wide: 256 + 128 = 384 divides 2688, and Triton wants powers of two
+    # (with `store`: as wide as the parts in which the rest is stored)
     copy: bool = False  # rows that would be gathered are copied into expert order first, and then read by TMA
     store: bool = False  # the result goes out by TMA, which runs beside the next tile's products
     split: int = 1  # 2: the epilogue takes the tile's columns in two halves, with half the registers and shared memory
@@ -43,7 +44,9 @@ HOPPER_GATHER = {
 # Nothing gathered: x is copied once in each direction and dy once, then every operand and result goes by TMA.  dH has
 # a stage less because its epilogue needs shared memory for hs.
 _ALL_TMA = Config(128, 256, 64, 8, 4, copy=True, store=True, split=2)
-HOPPER_COPY = _same(_ALL_TMA) | {"dH": _ALL_TMA._replace(stages=3)}
+HOPPER_NARROW = _same(_ALL_TMA) | {"dH": _ALL_TMA._replace(stages=3)}
+# 384 columns divide 2688 and waste 3 % of 1856.  There is no room for a thin operand beside them.
+HOPPER_COPY = HOPPER_NARROW | dict.fromkeys(("up", "dH", "dX"), _ALL_TMA._replace(stages=3, flatten=False, extra_n=128))
 HOPPER = HOPPER_COPY
 BLACKWELL = HOPPER_GATHER | {"dH": Config(128, 128, 64, 8, 3)}  # the epilogue of the wider tile spills there
 SMALL_SHARED = _same(Config(128, 128, 32, 8, 3, flatten=False))  # sm_80, sm_120: no TMA or 99 KiB
@@ -51,12 +54,16 @@ UNALIGNED = _same(Config(64, 64, 32, 8, 2, flatten=False))  # element by element
 FULL_PRECISION = _same(Config(64, 64, 16, 4, 2, flatten=False))  # fp32: multiply-adds outside the tensor cores
 # Under the interpreter: small tiles, so that tiny shapes have several.
 INTERPRETED_GATHER = _same(Config(16, 32, 16, 4, 1, extra_n=16))
-INTERPRETED_COPY = _same(Config(16, 32, 16, 4, 1, copy=True, store=True, split=2))
+_COPY = Config(16, 32, 16, 4, 1, copy=True, store=True, split=2)
+INTERPRETED_COPY = _same(_COPY) | dict.fromkeys(("up", "dH", "dX"), _COPY._replace(extra_n=16))
 INTERPRETED = INTERPRETED_GATHER
 
 
-def choose_configs(x: Tensor, up: Tensor, down: Tensor) -> dict[str, Config]:
-    """The tiles of all six products.  Those of the row products have the same height, so one tile table serves them."""
+def choose_configs(x: Tensor, up: Tensor, down: Tensor, thin: bool = False) -> dict[str, Config]:
+    """The tiles of all six products.  Those of the row products have the same height, so one tile table serves them.
+
+    thin: low-rank operands take part.
+    """
     if INTERPRET:
         return INTERPRETED
     if x.element_size() == 4:
@@ -64,7 +71,8 @@ def choose_configs(x: Tensor, up: Tensor, down: Tensor) -> dict[str, Config]:
     if not all(aligned(t) for t in (x, up, down)):
         return UNALIGNED
     major = torch.cuda.get_device_capability(x.device)[0]
-    return {9: HOPPER, 10: BLACKWELL}.get(major, SMALL_SHARED)
+    chosen = {9: HOPPER, 10: BLACKWELL}.get(major, SMALL_SHARED)
+    return HOPPER_NARROW if thin and chosen is HOPPER_COPY else chosen
 
 
 def aligned(x: Tensor) -> bool:

@@ -200,8 +200,9 @@ def _rows_kernel(
             )
         if EXTRA_N > 0:
             dot += _finish(
-                extra, out_ptr, None, hs_ptr, None, w, row0, end, live, n0 + BLOCK_N, N, EPILOGUE, BLOCK_M, EXTRA_N
-            )
+                extra, out_ptr, out_desc, hs_ptr, hs_desc, w, row0, end, live, n0 + BLOCK_N, N, EPILOGUE, BLOCK_M,
+                EXTRA_N,
+            )  # fmt: skip
         if EPILOGUE == DRELU2:
             tl.store(part_ptr + (n0 // WIDTH).to(tl.int64) * R + rows, dot, mask=live)
 
