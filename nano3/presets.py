@@ -55,6 +55,7 @@ def _nano(experts_per_token: int) -> Preset:
             "global_batch_size": 3072,
             "micro_batch_size": 1,
             "recompute": ["moe"],
+            "loss_chunk_tokens": 4096,  # a chunk reads and writes 2.8 GB of the head's sums: 0.5 % of time for 0.5 GiB
         },
         "optimizer": {"lr": 1e-3, "min_lr": 1e-5},
         "scheduler": {
@@ -130,7 +131,13 @@ PRESETS: dict[str, Preset] = {
 
 # What `--mode finetune` lays over a preset: the defaults of NVIDIA's fine-tuning script.
 FINETUNE: Preset = {
-    "train": {"train_iters": 1000, "global_batch_size": 128, "micro_batch_size": 1, "recompute": "none"},
+    "train": {
+        "train_iters": 1000,
+        "global_batch_size": 128,
+        "micro_batch_size": 1,
+        "recompute": "none",
+        "loss_chunk_tokens": 2048,
+    },
     "dataset": {"name": "squad", "seq_length": 2048},
     "optimizer": {"lr": 5e-6, "min_lr": 0.0},
     "scheduler": {"lr_decay_style": "cosine", "lr_warmup_iters": 50, "lr_wsd_decay_fraction": None},
