@@ -51,15 +51,16 @@ def main() -> int:
             if rank == 0:
                 print(text)
             return 0
+        if gpu and local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(local_rank)  # before anything is asked of a GPU
         check_fits(config, name, world, device_type, ranks_here)
         from nano3.parallel.layout import check_layout
 
         check_layout(config, world)
-    except UserError as error:  # every rank comes to the same conclusion; one of them says it
-        if rank == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        else:
-            time.sleep(10)  # torchrun ends all ranks when the first one leaves: let that be the one that speaks
+    except UserError as error:
+        if rank > 0:  # in general all ranks find the same, and torchrun ends them when the first one leaves
+            time.sleep(10)
+        print(f"train.py: error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
 
     from nano3.parallel.mesh import LostContact, create_mesh

@@ -165,6 +165,7 @@ class _AdaptedExperts(torch.autograd.Function):
         return sum_rows(down_rows(hs, down, tiles, configs["down"], _low(thin2, B2, True)), place)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, weights_R, up, down, up_scales, down_scales, *rest = ctx.saved_tensors
         A, B, A2, B2, order, place, hs, thin, thin2, *tables = rest

@@ -9,6 +9,7 @@ where it can.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels._common import accumulate_dtype, triton, use_triton
@@ -88,6 +89,7 @@ class _Attention(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, seq_idx, start = ctx.saved_tensors
         do = do if describable(do) else do.contiguous()

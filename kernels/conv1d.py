@@ -467,4 +467,9 @@ def causal_conv1d_step(
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, window, weight, bias))
     if not use_triton(x, backend) or wants_grad or window.dtype != x.dtype or x.numel() == 0:
         return causal_conv1d_step_reference(x, window, weight, bias)
-    return _step(_channel_last(x), _channel_last(window), weight, bias)
+    if window.shape[::2] != x.shape or weight.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"causal_conv1d_step: x {tuple(x.shape)}, window {tuple(window.shape)} and weight {tuple(weight.shape)} "
+            "do not fit (B, C), (B, >= W, C), (C, W)"
+        )
+    return _step(_channel_last(x), _channel_last(window), weight, None if bias is None else bias.contiguous())

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels._common import accumulate_dtype, triton, use_triton
 from kernels.gradient_sink import Buffer, GradientSink, add_product_
@@ -56,7 +57,7 @@ def vocabulary_statistics(logits: Tensor, labels: Tensor, vocab_offset: int = 0,
     the label lies in another slice.  `combine_statistics` makes one loss of the slices' results.
     """
     if use_triton(logits, backend):
-        return logits_statistics(logits.contiguous(), labels, vocab_offset)
+        return logits_statistics(logits.contiguous(), labels.contiguous(), vocab_offset)
     logits = logits.to(accumulate_dtype(logits))
     local = labels - vocab_offset
     mine = (local >= 0) & (local < logits.shape[1])
@@ -79,8 +80,9 @@ def vocabulary_gradient(
 
     logits, labels, vocab_offset: as in `vocabulary_statistics`.  lse: (T,), log sum exp over the whole vocabulary.
     """
-    if use_triton(logits, backend):
-        return logits_gradient_(logits, lse, labels, token_weight, vocab_offset, IGNORE)
+    if use_triton(logits, backend) and logits.is_contiguous():
+        vectors = lse.contiguous(), labels.contiguous(), token_weight.contiguous()
+        return logits_gradient_(logits, *vectors, vocab_offset, IGNORE)
     local = labels - vocab_offset
     mine = (local >= 0) & (local < logits.shape[1])
     p = logits.to(lse.dtype).sub_(lse.unsqueeze(-1)).exp_()
@@ -155,6 +157,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if need_w:
                 _add_product_(dw, logits, x[rows], holds)
                 holds = True
+        if need_w and not holds:  # no tokens
+            dw.zero_()
         # Plain attributes: autograd takes a gradient over without a copy only if nothing else holds it, which
         # save_for_backward would.
         ctx.dx, ctx.dw = dx, dw if sink is None else None
@@ -165,6 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total, losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dtotal: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.dx, ctx.dw
         if ctx.sink is not None:

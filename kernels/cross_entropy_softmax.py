@@ -98,7 +98,8 @@ def _loss_gradient_kernel(
         for start in tl.range(0, V, BLOCK):
             tl.store(row + start + offs, nothing, mask=start + offs < V)
     else:
-        at_label = tl.load(row + label).to(tl.float32)
+        # A label outside the vocabulary shows as NaN, instead of as a logit of the row before.
+        at_label = tl.load(row + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
         kept = tl.load(row + offs, mask=EVEN | (offs < V), other=-float("inf"))  # stays in registers until the end
         m = tl.full([BLOCK // LANES], LOWEST, tl.float32)
         s = tl.zeros([BLOCK // LANES], tl.float32)

@@ -169,4 +169,4 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
         )
     if not use_triton(y, backend) or y.shape[-1] // groups > MAX_GROUP or y.numel() == 0:
         return gated_rms_norm_reference(y, z, weight, groups, eps)
-    return _GatedRMSNorm.apply(y, z, weight, groups, eps)
+    return _GatedRMSNorm.apply(y, z, weight.contiguous(), groups, eps)

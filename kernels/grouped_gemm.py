@@ -19,6 +19,7 @@ Suffixes: T tokens, K chosen, R rows (T * K, or the real ones among them), D wid
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels._common import accumulate_dtype, result_is_known, triton, use_triton
 from kernels.gradient_sink import Buffer, GradientSink, divert
@@ -151,6 +152,7 @@ class _Experts(torch.autograd.Function):
         return rows if place is None else sum_rows(rows, place)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, weights_R, up, down, order, place, hs, *tables = ctx.saved_tensors
         tiles = Tiles(*tables, ctx.block)

@@ -54,8 +54,8 @@ UNALIGNED = _same(Config(64, 64, 32, 8, 2, flatten=False))  # element by element
 FULL_PRECISION = _same(Config(64, 64, 16, 4, 2, flatten=False))  # fp32: multiply-adds outside the tensor cores
 # Under the interpreter: small tiles, so that tiny shapes have several.
 INTERPRETED_GATHER = _same(Config(16, 32, 16, 4, 1, extra_n=16))
-_COPY = Config(16, 32, 16, 4, 1, copy=True, store=True, split=2)
-INTERPRETED_COPY = _same(_COPY) | dict.fromkeys(("up", "dH", "dX"), _COPY._replace(extra_n=16))
+INTERPRETED_COPY = _same(Config(16, 32, 16, 4, 1, copy=True, store=True, split=2))
+INTERPRETED_COPY |= {name: INTERPRETED_COPY[name]._replace(extra_n=16) for name in ("up", "dH", "dX")}
 INTERPRETED = INTERPRETED_GATHER
 
 

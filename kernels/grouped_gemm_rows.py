@@ -100,7 +100,7 @@ def _finish(
     out_ptr += row0.to(tl.int64) * N
     dot = w
     if EPILOGUE == RELU2:
-        z = tl.maximum(acc, 0.0)
+        z = tl.where(acc < 0, 0.0, acc)  # not maximum, which makes 0 of NaN
         acc = z * z * w[:, None]
     if EPILOGUE == DRELU2:
         if hs_desc is None:
@@ -204,7 +204,9 @@ def _rows_kernel(
                 EXTRA_N,
             )  # fmt: skip
         if EPILOGUE == DRELU2:
-            tl.store(part_ptr + (n0 // WIDTH).to(tl.int64) * R + rows, dot, mask=live)
+            rows = tl.arange(0, BLOCK_M)  # computed anew here, too
+            part = part_ptr + (n0 // WIDTH).to(tl.int64) * R + row0
+            tl.store(part + rows, dot, mask=rows < end - row0)
 
 
 @triton.jit(do_not_specialize=["choices", "R"])

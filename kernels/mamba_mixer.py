@@ -128,5 +128,8 @@ def mamba_mixer(
         )
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     conv_weight, conv_bias = conv_weight.contiguous(), None if conv_bias is None else conv_bias.contiguous()
-    parameters = (conv_weight, conv_bias, A_log, D, dt_bias, norm_weight)
+    heads = [t.contiguous() for t in (A_log, D, dt_bias)]
+    if len(conv_weight) != channels or any(t.shape != (sizes.H,) for t in heads) or norm_weight.shape != (inner,):
+        raise ValueError(f"mamba_mixer: the parameters do not fit {sizes}; their shapes are in its description")
+    parameters = (conv_weight, conv_bias, *heads, norm_weight.contiguous())
     return _MambaMixer.apply(projected.contiguous(), *parameters, sizes, dt_limit, eps, seq_idx, keep_conv)

@@ -27,7 +27,8 @@ def relu2_reference(x: Tensor) -> Tensor:
 def _fwd_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     """One program: BLOCK elements.  x, y (n,)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.maximum(tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32), 0.0)
+    x = tl.load(x_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    x = tl.where(x < 0, 0.0, x)  # not maximum, which makes 0 of NaN
     tl.store(y_ptr + at, x * x, mask=at < n)
 
 

@@ -207,7 +207,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Te
     """
     if not _runs(x, weight, backend):
         return rms_norm_reference(x, weight, eps)
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight.contiguous(), eps)
 
 
 def join_rms_norm(
@@ -226,4 +226,4 @@ def join_rms_norm(
             raise ValueError(f"join_rms_norm: x {tuple(x.shape)} and a summand {tuple(t.shape)} differ")
     if not _runs(x, weight, backend):
         return join_rms_norm_reference(x, summands, weight, eps, readers)
-    return _JoinRMSNorm.apply(weight, eps, readers, x, *summands)
+    return _JoinRMSNorm.apply(weight.contiguous(), eps, readers, x, *summands)

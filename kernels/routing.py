@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels._common import accumulate_dtype, triton, use_triton
 
@@ -65,6 +66,7 @@ class _Route(torch.autograd.Function):
         return scores, weights, experts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dscores: Tensor | None, dweights: Tensor | None, _) -> tuple[Tensor | None, ...]:
         dscores, dweights = (g if g is None else g.contiguous() for g in (dscores, dweights))
         dx = dw = None
@@ -100,7 +102,7 @@ def route(
         raise ValueError(f"n_group={n_group}, topk_group={topk_group}: groups of {E} experts need at least two each")
     if use_triton(x, backend) and x.shape[0] > 0 and E <= MAX_EXPERTS and weight.dtype != torch.float64:
         x = x if x.stride(-1) == 1 else x.contiguous()
-        return Routes(*_Route.apply(x, weight.contiguous(), bias, *options))
+        return Routes(*_Route.apply(x, weight.contiguous(), bias.contiguous(), *options))
     return route_reference(x, weight, bias, *options)
 
 

@@ -239,11 +239,14 @@ def ssd(
     order every time, and move 47 kB a token forward, 120 kB backward at H = 64, P = 64, G = 8, N = 128 in bf16: bound
     by memory. Raises ValueError if H is not a multiple of G or S is zero.
     """
+    if any(t.shape != x.shape[2:3] for t in (A, D, dt_bias)):
+        raise ValueError(f"ssd: A, D and dt_bias need one number for each of {x.shape[2]} heads")
     if x.shape[2] % B.shape[2]:
         raise ValueError(f"ssd: {x.shape[2]} heads are not a multiple of {B.shape[2]} groups")
     if x.shape[1] == 0:
         raise ValueError("ssd: the sequence is empty")
     if use_triton(x, backend) and x.dtype == B.dtype == C.dtype and state_fits(x, x.shape[3], B.shape[3]):
+        A, D, dt_bias = (t.contiguous() for t in (A, D, dt_bias))
         return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, initial_state)
     return ssd_reference(x, dt, A, B, C, D, dt_bias, chunk, dt_limit, seq_idx, initial_state)
 
@@ -268,6 +271,7 @@ def ssd_step(
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (state, x, dt, A, B, C, D, dt_bias))
     if use_triton(x, backend) and not wants_grad:
         x, dt, B, C = map(_aligned, (x, dt, B, C))
+        A, D, dt_bias = (t.contiguous() for t in (A, D, dt_bias))
         return ssd_forward.step(state.contiguous(), x, dt, A, B, C, D, dt_bias, dt_limit)
     y, state = ssd_recurrence(
         x.unsqueeze(1), dt.unsqueeze(1), A, B.unsqueeze(1), C.unsqueeze(1), D, dt_bias, dt_limit, None, state

@@ -154,7 +154,7 @@ class Nano3(nn.Module):
                 balance.append(report)
         if not self.is_end(part):
             return Output(total(stream), balance)
-        return Output(self.norm_f.join(*stream)[1], balance)
+        return Output(self.norm_f(*stream), balance)
 
     def step(self, x: Tensor, cache: list[LayerState], part: int = 0) -> Tensor:
         """One token of decoding per sequence: (B,) ids, or (B, D) -> (B, D).  Moves the cache on by one token."""

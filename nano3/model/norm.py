@@ -12,8 +12,11 @@ class RMSNorm(nn.Module):
         self.eps, self.backend = eps, backend
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        return rms_norm(x, self.weight, self.eps, self.backend)
+    def forward(self, x: Tensor, *summands: Tensor) -> Tensor:  # (..., D) -> (..., D)
+        """The norm of the stream x + summands."""
+        if not summands:
+            return rms_norm(x, self.weight, self.eps, self.backend)
+        return self.join(x, *summands)[1]
 
     def join(self, x: Tensor, *summands: Tensor, readers: int = 1) -> tuple[Tensor, ...]:
         """The stream x + summands, then its norm once for each of its readers, whose gradients are added in the norm's

@@ -11,7 +11,7 @@ and the host waits for each message before it launches anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -28,15 +28,20 @@ Forward = Callable[[int, int, Tensor | None], tuple[Tensor, Tensor | None]]
 class Wire:
     """This rank's messages along the pipeline, all of one shape and dtype.
 
-    kind: what else decides which kernels run (packed rows, say), if anything.
+    kinds: what else decides which kernels run (packed rows, say), of every micro-batch.
     """
 
     def __init__(
-        self, mesh: Mesh, chunks: int, shape: tuple[int, ...], dtype: torch.dtype, kind: tuple[object, ...] = ()
+        self,
+        mesh: Mesh,
+        chunks: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        kinds: Iterable[tuple[object, ...]] = ((),),
     ) -> None:
         self.mesh, self.chunks, self.shape, self.dtype = mesh, chunks, shape, dtype
-        self.kind = (shape, dtype, torch.is_grad_enabled(), *kind)
-        self.careful = self.kind not in mesh.familiar
+        self.kinds = {(shape, dtype, torch.is_grad_enabled(), *kind) for kind in kinds}
+        self.careful = not self.kinds <= mesh.familiar
         self.sent: list[tuple[dist.Work, Tensor]] = []  # tensors stay alive until they have left
         self.posted: dict[Op, tuple[dist.Work, Tensor]] = {}
 
@@ -76,7 +81,7 @@ class Wire:
         for work, _ in self.sent:
             work.wait()
         self.sent.clear()
-        self.mesh.familiar.add(self.kind)
+        self.mesh.familiar.update(self.kinds)
 
 
 def run(ops: list[Op], wire: Wire, forward: Forward, before_backward: Callable[[Op], None] | None = None) -> None:

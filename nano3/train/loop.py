@@ -59,7 +59,7 @@ class Trainer:
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
         dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
-        check_forms(config.optimizer, dtype == torch.bfloat16)
+        check_forms(config.optimizer, dtype == torch.bfloat16, config.parallel.grad_reduce_in_fp32)
         parts = rank_parts(config, mesh.pp.rank)
         model = checkpoint.build(config.model, config.recompute, mesh, parts, config.peft)
         self.model = allocate(model, mesh.device, dtype)
@@ -357,17 +357,30 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
+def make_folder(asked: str | None, name: str) -> Path:
+    """The folder asked for, or runs/NAME, numbered so that no earlier run is written over."""
+    folder, n = Path(asked or f"runs/{name}"), 1
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=asked is not None)
+            return folder
+        except OSError as error:
+            if asked is not None or not isinstance(error, FileExistsError):
+                raise UserError(f"logger.run_dir={folder}: cannot be created: {error}") from None
+        n += 1
+        folder = Path(f"runs/{name}-{n}")
+
+
 def run_folder(config: Config, name: str, mesh: Mesh) -> Path:
-    """logger.run_dir, or runs/NAME, numbered so that no earlier run is written over."""
-    folder = Path(config.logger.run_dir or f"runs/{name}")
-    if config.logger.run_dir is None:
-        n = 1
-        while folder.exists():
-            n += 1
-            folder = Path(f"runs/{name}-{n}")
+    """The first rank makes the folder and tells the others, who would find it made and take it for an earlier run's."""
+    told: list[object] = [None]
     if mesh.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"logger.run_dir={folder}: cannot be created: {error}") from None
-    return folder
+            told = [make_folder(config.logger.run_dir, name)]
+        except UserError as error:
+            told = [error]
+    if mesh.host is not None:
+        dist.broadcast_object_list(told, src=0, group=mesh.host)
+    if isinstance(told[0], UserError):
+        raise told[0]
+    return told[0]

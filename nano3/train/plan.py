@@ -282,7 +282,7 @@ def dry_run(config: Config, name: str, asked: int | None, device_type: str, rank
     elsewhere = (asked is not None or started is None) and world > 1
     on_gpus = config.train.device == "cuda" or (elsewhere and config.train.device == "auto")
     planned = "cuda" if on_gpus else device_type
-    check_forms(config.optimizer, uses_bf16(config, planned))
+    check_forms(config.optimizer, uses_bf16(config, planned), config.parallel.grad_reduce_in_fp32)
     have = memory_here(planned, ranks_here) if planned == device_type else None
     config = choose_kinds(config, world, planned, int(min(GPUS.values())) if have is None else have)
     return report(config, name, world, planned, have)
@@ -290,6 +290,8 @@ def dry_run(config: Config, name: str, asked: int | None, device_type: str, rank
 
 def check_fits(config: Config, name: str, world: int, device_type: str, ranks_here: int) -> None:
     """Raise UserError, with the arithmetic and what to run instead, if a rank cannot hold its share.  No allocation.
+
+    On GPUs it is the current one that counts.
 
     A layout that does not work on these ranks is check_layout's business, unless what it would propose does not fit.
     """

@@ -86,7 +86,7 @@ def training_step(
         optimizer.last_micro_batch = op.micro == len(batches) - 1
 
     ops = schedule(mesh.pp.rank, mesh.pp.size, len(model.parts), len(batches))
-    run(ops, wire_for(model, batches[0]), forward, before_backward)
+    run(ops, wire_for(model, batches), forward, before_backward)
     sums = all_sum(sums, mesh.all.group)
     fine = sums[0].isfinite()
     norm = optimizer.step(lr, fine)
@@ -129,11 +129,12 @@ def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh, fine: Tenso
     return all_sum(loads, mesh.pp.group)
 
 
-def wire_for(model: Nano3, batch: Batch) -> Wire:
-    """What carries micro-batches like this one between the stages."""
-    B, S = batch.tokens.shape
+def wire_for(model: Nano3, batches: list[Batch]) -> Wire:
+    """What carries these micro-batches, which are of one size, between the stages."""
+    B, S = batches[0].tokens.shape
     shape = (B, S // model.mesh.tp.size, model.config.hidden_size)
-    return Wire(model.mesh, len(model.parts), shape, model.dtype, (batch.seq_idx is None, batch.real is None))
+    kinds = ((batch.seq_idx is None, batch.real is None) for batch in batches)
+    return Wire(model.mesh, len(model.parts), shape, model.dtype, kinds)
 
 
 def head_loss(model: Nano3, hidden: Tensor, labels: Tensor, weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -172,6 +173,6 @@ def evaluate(model: Nano3, batches: Iterable[list[Batch]], config: Config) -> fl
                     sums.add_(torch.stack([loss.double(), (labels != IGNORE).sum().double()]))
             return hidden, None
 
-        run(forward_only(mesh.pp.size, len(model.parts), len(rows)), wire_for(model, rows[0]), forward)
+        run(forward_only(mesh.pp.size, len(model.parts), len(rows)), wire_for(model, rows), forward)
     total, tokens = all_sum(sums, mesh.all.group).tolist()
     return total / max(1.0, tokens)

@@ -41,8 +41,13 @@ def is_compact(c: OptimizerConfig) -> bool:
     return (c.gradients, c.masters, c.moments) != ("fp32", "fp32", "fp32")
 
 
-def check_forms(c: OptimizerConfig, bf16: bool) -> None:
+def check_forms(c: OptimizerConfig, bf16: bool, reduce_in_fp32: bool = True) -> None:
     """Raise UserError on settings about bf16 weights where weights are fp32."""
+    if not bf16 and not reduce_in_fp32:
+        raise UserError(
+            "parallel.grad_reduce_in_fp32=false is about bf16 weights, and these are fp32; add train.precision=bf16, "
+            "or leave it out"
+        )
     for key, plain in (("masters", "fp32"), ("gradients", "fp32")):
         if (value := getattr(c, key)) != plain and not bf16:
             raise UserError(

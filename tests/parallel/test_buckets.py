@@ -1,12 +1,16 @@
 """Buckets: every element of every gradient is summed once and owned once; sizes and order."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from nano3.model.init import allocate, initialise
-from nano3.parallel.data import make_buckets
-from nano3.parallel.mesh import Axis
+from nano3.parallel.data import Bucket, make_buckets
+from nano3.parallel.mesh import ALONE, Axis
+from nano3.train import gradients
 from nano3.train.checkpoint import build
 from tests.parallel.layouts import config_for
 
@@ -109,3 +113,19 @@ def test_routed_experts_do_not_wait_for_the_shared_one() -> None:
     buckets = make_buckets(dict(model.named_parameters()), lambda name: Axis(), None, size=1)
     assert [m.name for b in buckets for m in b.members if "expert" in m.name] == matrices
     assert len(matrices) == 4
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_a_forward_pass_waits_for_every_parameter(recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks' rows are on their way when it begins; here every tensor has a message of its own."""
+    config = config_for(("model.hybrid_override_pattern=ME*-", f"train.recompute={recompute}"))
+    model = allocate(build(config.model, config.recompute), torch.device("cpu"), torch.float32)
+    initialise(model, config.model, seed=0)
+    model.mesh = replace(ALONE, world=2)
+    waited: set[Bucket] = set()
+    monkeypatch.setattr(gradients, "make_buckets", partial(make_buckets, size=1))
+    monkeypatch.setattr(Bucket, "finish_gather", lambda bucket: waited.add(bucket))
+    buckets = gradients.Gradients(model).buckets
+    assert all(len(b.members) == 1 for b in buckets)
+    model.train()(torch.randint(0, config.model.vocab_size, (1, 8)))
+    assert [b.members[0].name for b in buckets if b not in waited] == []

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import convert
+from nano3.parallel.layout import check_layout
+from nano3.parallel.mesh import lay_out
+from nano3.train.loop import run_folder
 from tests.parallel.kills import kill_often
 from tests.parallel.ranks import finish, start, trainer
+from tests.train.small import small
 
 
 @pytest.mark.parametrize("layout", ["parallel.tp=2", "parallel.ep=2"])
@@ -51,3 +58,22 @@ def test_resume_in_new_processes_is_bitwise(tmp_path: Path, layout: str) -> None
     assert (len(straight), len(first)) == (20, 10)
     assert straight == first + second
     assert convert.main(["verify", str(tmp_path / "straight"), str(tmp_path / "second")]) == 0
+
+
+def choose(rank: int, world: int, folder: str, late: int) -> None:
+    """A run's folder, chosen when the other rank has had time to make it."""
+    os.chdir(folder)
+    config = small()
+    mesh = lay_out(config, check_layout(config, world), rank, torch.device("cpu"))
+    if rank == late:
+        time.sleep(0.3)
+    chosen = run_folder(config, "tiny", mesh)
+    assert chosen.is_dir()
+    Path(f"{rank}.txt").write_text(str(chosen))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_agree_on_the_runs_folder(tmp_path: Path, late: int) -> None:
+    for expected in ("runs/tiny", "runs/tiny-2"):
+        finish(start(2, tmp_path / f"{expected.replace('/', '-')}.store", choose, str(tmp_path), late))
+        assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [expected] * 2

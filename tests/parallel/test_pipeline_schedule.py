@@ -285,10 +285,11 @@ def test_receives_are_posted_ahead_once_a_kind_is_familiar() -> None:
         def send(self, op: Op, x: torch.Tensor) -> None:
             pass
 
-    def go(*kind: object) -> list[Op | None]:
+    def go(*kinds: str) -> list[Op | None]:
         posted.clear()
         with torch.no_grad():
-            run(ops, Recorder(mesh, 2, (1, 2, 3), torch.float32, kind), lambda *_: (torch.zeros(1), None))
+            wire = Recorder(mesh, 2, (1, 2, 3), torch.float32, [(kind,) for kind in kinds])
+            run(ops, wire, lambda *_: (torch.zeros(1), None))
         return [*posted]
 
     posted: list[Op | None] = []
@@ -297,4 +298,5 @@ def test_receives_are_posted_ahead_once_a_kind_is_familiar() -> None:
     careful = [first, None, second, None, third, None]
     assert go("packed") == careful
     assert go("packed") == [first, None, second, third, None, third, None]
-    assert go("plain") == careful
+    assert go("packed", "plain") == careful
+    assert go("plain") == [first, None, second, third, None, third, None]

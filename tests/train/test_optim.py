@@ -148,6 +148,23 @@ def test_forms_of_bf16_weights_are_refused_for_fp32_ones() -> None:
         check_forms(c, bf16=True)
         with pytest.raises(UserError, match=rf"optimizer\.{key}={value} .*train\.precision=bf16"):
             check_forms(c, bf16=False)
+    check_forms(OptimizerConfig(), bf16=True, reduce_in_fp32=False)
+    with pytest.raises(UserError, match=r"parallel\.grad_reduce_in_fp32=false .*train\.precision=bf16"):
+        check_forms(OptimizerConfig(), bf16=False, reduce_in_fp32=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_norm_has_one_dtype_whoever_counts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tp rank 0 counts what all tp ranks hold; a factor for clipping of another dtype would pull the copies apart."""
+
+    def norm(counted: bool) -> torch.Tensor:
+        model = initialise(our_model(GOLDEN).to(dtype), GOLDEN, 0)
+        optimizer = AdamW(model, OptimizerConfig())
+        monkeypatch.setattr(optimizer, "_counted", lambda name: counted)
+        feed(model.norm_f.weight, torch.ones_like(model.norm_f.weight))
+        return optimizer.step(1e-3)
+
+    assert norm(counted=False).dtype == norm(counted=True).dtype
 
 
 FORMS = [
