@@ -185,8 +185,9 @@ def _for_sums(c: Config, dtype: torch.dtype, add: bool, left: bool, few: bool) -
     """The tiles of a product that goes into a buffer of that dtype; few: rows to an expert.
 
     Where rows are few the buffer's traffic is what takes the time, and where they are many, the products.  The copy
-    engine can store a tile, and add one to fp32, while the next tile is computed, if it leaves shared memory enough
-    for the loads.  It pays where it is asked for here (H100, benchmarks/RESULTS.md).
+    engine can store a tile, and add one to fp32, while the next tile is computed; but on a GPU `tma_reads` keeps it to
+    16 bits, so for fp32 `store` means plain stores so far, and the tiles here are the best with those (H100,
+    benchmarks/RESULTS.md).
     """
     c = c._replace(extra_n=0)
     if not c.copy:  # row numbers take registers, too: the sum so far comes in quarters of a tile

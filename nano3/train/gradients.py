@@ -46,6 +46,7 @@ class Gradients:
 
     def __init__(self, model: nn.Module, reduce_in_fp32: bool = True, sum_in_bf16: bool = False) -> None:
         self.mesh = model.mesh
+        self.wide = torch.promote_types(model.dtype, torch.float32)  # the dtype of norms over gradients
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.splits = {n: split_of(n, model.config, self.mesh.tp.size) for n, _ in model.named_parameters()}
         self.buckets = make_buckets(

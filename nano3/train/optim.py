@@ -49,9 +49,8 @@ class AdamW(Gradients):
         gradients = self.reduced_gradients()
         held = {n: g for n, g in gradients.items() if g.numel()}
         counted = [g for n, g in held.items() if self._counted(n)]
-        # Where other ranks count all of these: in the dtype of their norm, so that all clip by the same bits.
-        dtype = torch.promote_types(next((g.dtype for g in held.values()), torch.float32), torch.float32)
-        norm = _total_norm(counted) if counted else torch.zeros((), dtype=dtype, device=self.mesh.device)
+        # 0 where other ranks count all: in the dtype of their norm, so that all clip by the same bits.
+        norm = _total_norm(counted) if counted else torch.zeros((), dtype=self.wide, device=self.mesh.device)
         if self.mesh.world > 1:
             norm = all_sum(norm.square().double(), self.mesh.all.group).sqrt().to(norm.dtype)
         clip = (self.config.clip_grad / (norm + 1e-6)).clamp_max(1.0) if self.config.clip_grad > 0 else None

@@ -189,7 +189,12 @@ def report(config: Config, name: str, world: int, device_type: str, have: int | 
     lines += ["", *stage_table(config, layout, found, held), verdict(max(m.total for m in held), have), ""]
     sent = [traffic(config, layout, share, bf16) for share in found]
     most = max(range(layout.pp), key=lambda i: sum(line.bytes for line in sent[i]))
-    return "\n".join([*lines, traffic_table(sent[most], most)] if sent[most] else lines[:-1])
+    if not sent[most]:
+        return "\n".join(lines[:-1])
+    lines.append(traffic_table(sent[most], most))
+    if config.peft.adapts or config.peft.freeze:
+        lines.append("at most: what lies before the first trained weight has no backward pass, and sends nothing in it")
+    return "\n".join(lines)
 
 
 def stage_table(config: Config, layout: Layout, found: list[Share], held: list[Memory]) -> list[str]:

@@ -2,7 +2,9 @@
 
 Bytes are what one rank sends, by the ring algorithm: to gather or to scatter a whole of n parts it passes on n - 1 of
 them, and a sum on all ranks is a scatter and a gather.  A library may choose another way for small messages.  Rows that
-travel to their experts are an expectation; everything else is exact.  Evaluation and checkpoints are not counted.
+travel to their experts are an expectation; everything else is exact where all is trained.  Where weights are frozen it
+is an upper bound: blocks before the first trained one are counted as if they had a backward pass.  Evaluation and
+checkpoints are not counted.
 """
 
 from __future__ import annotations

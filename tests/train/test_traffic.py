@@ -14,7 +14,7 @@ from nano3.train import traffic as module
 from nano3.train.checkpoint import build
 from nano3.train.memory import rows_per_token, shares
 from nano3.train.optim import AdamW
-from nano3.train.plan import rank_parts, stage_spans
+from nano3.train.plan import dry_run, rank_parts, stage_spans
 from nano3.train.step import training_step
 from nano3.train.traffic import traffic, traffic_table
 from tests.parallel.layouts import CPU, batches_of, config_for
@@ -63,6 +63,26 @@ def test_every_message_of_a_step(monkeypatch: pytest.MonkeyPatch, ranks: int, te
             sent[line.axis, line.call] += line.bytes
         assert messages == mirror.messages
         assert sent == pytest.approx(mirror.bytes, rel=1e-9)
+
+
+@pytest.mark.parametrize("text", ["peft.freeze=[embeddings.weight]", "peft.scheme=lora peft.target_modules=[o_proj]"])
+def test_where_weights_are_frozen_the_plan_is_an_upper_bound(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    config = config_for(["parallel.tp=2", *text.split()])
+    layout = check_layout(config, 2)
+    (share,) = shares(config, layout, stage_spans(config), False)
+    mesh = mirror_mesh(config, layout, 0)
+    model = build(config.model, config.recompute, mesh, rank_parts(config, 0), config.peft)
+    initialise(allocate(model, CPU, torch.float32), config.model, seed=5)
+    optimizer = AdamW(model, config.optimizer)
+    with monkeypatch.context() as patch:
+        mirror = Mirror(patch)
+        training_step(model, optimizer, batches_of(config, 0, False, 0, 1), config, mesh, 1e-3, False)
+    planned = defaultdict(int)
+    for line in traffic(config, layout, share, False):
+        planned[line.axis, line.call] += line.messages
+    assert all(planned[call] >= sent for call, sent in mirror.messages.items())
+    assert planned["tp", "all_gather"] > mirror.messages["tp", "all_gather"]
+    assert "at most: " in dry_run(config, "tiny", 2, "cpu", 1).splitlines()[-1]
 
 
 CHOICES = [(8, 3, 4), (8, 2, 2), (12, 5, 3), (6, 4, 6), (8, 1, 8), (8, 8, 4), (8, 3, 1)]
