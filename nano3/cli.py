@@ -208,6 +208,7 @@ def validate(config: Config) -> None:
         ("validation", "sample_tokens"),
         ("validation", "answer_samples"),
         ("dataset", "num_workers"),
+        ("dataset", "seed"),
         ("rng", "seed"),
         *(("optimizer", k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")),
     ]:
@@ -220,8 +221,11 @@ def validate(config: Config) -> None:
     k = config.checkpoint.most_recent_k
     if k == 0 or k < -1:
         raise UserError(f"checkpoint.most_recent_k={k} would keep nothing; use 1 or more, or -1 to keep all")
-    both = config.checkpoint.load is not None and config.checkpoint.pretrained_checkpoint is not None
-    if both and not config.peft.adapts:  # adapters are resumed, and lie beside weights that come from elsewhere
+    c = config.checkpoint
+    both = c.load is not None and c.pretrained_checkpoint is not None
+    # Adapters are resumed, and lie beside weights that come from elsewhere; and a job that loads where it saves begins
+    # with the weights and goes on from the checkpoint.
+    if both and not config.peft.adapts and c.load != c.save:
         raise UserError(
             f"checkpoint.load={config.checkpoint.load} resumes a run and checkpoint.pretrained_checkpoint="
             f"{config.checkpoint.pretrained_checkpoint} starts a new one; give one of them"

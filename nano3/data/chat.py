@@ -211,7 +211,7 @@ class ChatFormat:
         for start, next_start in pairwise([*starts, len(text) + 1]):
             prompt = next(p for p in self._prompts if text.startswith(p, start))
             begin = start + len(prompt)
-            end = next((e for e in ends if begin < e < next_start), None)
+            end = next((e for e in ends if begin < e <= next_start), None)
             if end is None:
                 names = [s for s, i in self.tokenizer.specials.items() if i in self.tokenizer.stop_ids]
                 raise RecordError(

@@ -115,5 +115,7 @@ def stream(data: Dataset, split: str, first: int, place: Place, workers: int = 0
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; when to stop is the trainer's decision."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C reaches every process of a terminal, and a scheduler's SIGTERM every one of a job; when to stop is the
+    trainer's decision."""
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)

@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
                 rows, size = splits[split], config.dataset.seq_length
                 write_packed(path, rows, size, config.tokenizer.tokenizer_model)
                 print(f"{path}: {len(rows):,} rows of {size:,} tokens, {efficiency(rows, size):.1%} of them real")
+            elif path.exists():  # of an earlier call: it may hold what is trained on now
+                path.unlink()
+                print(f"{path}: removed, nothing is held out")
     except (UserError, OSError) as error:
         print(f"pack: error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import queue
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -333,9 +334,10 @@ def _same_job(job: Job, tokenizer: Tokenizer, inputs: list[str], shard_mb: int) 
 
 def _remove_temporaries(job: Job) -> None:
     """What a killed run was writing."""
-    for folder, start in ((Path(job.prefix).parent, f".{Path(job.prefix).name}-"), (job.record(0).parent, ".")):
+    shard = rf"\.{re.escape(Path(job.prefix).name)}-\d+_(train|valid|test)\.(bin|idx)\.\d+\.tmp"
+    for folder, pattern in ((Path(job.prefix).parent, shard), (job.record(0).parent, r"\..*\.tmp")):
         for path in folder.iterdir():
-            if path.name.startswith(start) and path.name.endswith(".tmp"):
+            if re.fullmatch(pattern, path.name):
                 path.unlink()
 
 

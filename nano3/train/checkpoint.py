@@ -83,11 +83,12 @@ class Saver:
         return final
 
     def _retire(self, newest: Path) -> None:
-        """Delete what checkpoint.most_recent_k and save_retain_interval do not keep."""
+        """Delete what checkpoint.most_recent_k and save_retain_interval do not keep, of checkpoints of ours: Megatron's
+        folders have the same names."""
         c = self.config.checkpoint
         if c.most_recent_k < 0:
             return
-        everything = storage.iterations(self.folder)
+        everything = [p for p in storage.iterations(self.folder) if (p / storage.MANIFEST).is_file()]
         done = everything[: everything.index(newest) + 1]
         for old in done[: max(0, len(done) - c.most_recent_k)]:
             if not (c.save_retain_interval and int(old.name[5:]) % c.save_retain_interval == 0):

@@ -25,6 +25,7 @@ from nano3.parallel.mesh import LostContact, Mesh, lost_contact
 from nano3.train import checkpoint, storage
 from nano3.train.answers import is_squad, score
 from nano3.train.checkpoint import Saver
+from nano3.train.folders import resume_command, run_folders
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
 from nano3.train.plan import (
@@ -56,6 +57,8 @@ class Trainer:
         self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
         checkpoint.choose_tokenizer(config, self._resumable() or config.checkpoint.pretrained_checkpoint)
         self.tokenizer = open_tokenizer(config)
+        if (prompt := config.validation.sample_prompt) is not None and not self.tokenizer.encode(prompt):
+            raise UserError(f"validation.sample_prompt={prompt!r} is empty; give a text, or leave it out")
         self.lr = learning_rate(config)
         self.data = load_dataset(config, self.tokenizer)
         dtype = torch.bfloat16 if uses_bf16(config, mesh.device.type) else torch.float32
@@ -99,8 +102,7 @@ class Trainer:
                 f"checkpoint.load={self.loaded}: step {self.progress.iteration} of {total}: nothing is left to do; "
                 f"train on with train.train_iters={self.progress.iteration + total}"
             )
-        folder = run_folder(config, self.name, self.mesh)
-        self.save_to = Path(config.checkpoint.save or folder / "checkpoints")
+        folder, self.save_to = run_folders(config, self.name, self.mesh)
         log = Log(config, folder, total, self.mesh.is_main)
         if self.mesh.is_main:
             (folder / "config.yaml").write_text(to_yaml(config))
@@ -126,10 +128,10 @@ class Trainer:
                     self.asked_to_stop = True  # all ranks hear of it in the next step
                 v, every = config.validation, config.checkpoint.save_interval
                 ended = iteration == total or stop
+                if every >= 0 and (ended or (every and iteration % every == 0)):
+                    self._save()  # before anything that may fail
                 if v.eval_iters and (iteration == total or (v.eval_interval and iteration % v.eval_interval == 0)):
                     last_eval = self._evaluate(log)
-                if every >= 0 and (ended or (every and iteration % every == 0)):
-                    self._save()
             self.saver.wait()
         finally:
             for s, handler in handlers.items():
@@ -299,10 +301,8 @@ class Trainer:
             return
         log.say("next:")
         if stopped:
-            log.say(
-                f"  python train.py --mode {self.config.mode} --preset {self.name} "
-                f"--config-file {folder / 'config.yaml'} checkpoint.load={self.save_to}"
-            )
+            settings = folder / "config.yaml"
+            log.say(f"  {resume_command(self.config, self.name, settings, self.save_to, self.mesh.world)}")
         if self.recipe is not None:
             base = "" if checkpoint.is_ours(self.recipe.base) else f"--hf-model-path {self.recipe.base} "
             log.say(f"  python merge_lora.py {base}--lora-checkpoint {saved} --output {folder / 'merged'}")
@@ -355,32 +355,3 @@ def keep_freed_memory() -> None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3
         for option, value in ((mmap_threshold, 1 << 30), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20)):
             libc.mallopt(option, value)
-
-
-def make_folder(asked: str | None, name: str) -> Path:
-    """The folder asked for, or runs/NAME, numbered so that no earlier run is written over."""
-    folder, n = Path(asked or f"runs/{name}"), 1
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=asked is not None)
-            return folder
-        except OSError as error:
-            if asked is not None or not isinstance(error, FileExistsError):
-                raise UserError(f"logger.run_dir={folder}: cannot be created: {error}") from None
-        n += 1
-        folder = Path(f"runs/{name}-{n}")
-
-
-def run_folder(config: Config, name: str, mesh: Mesh) -> Path:
-    """The first rank makes the folder and tells the others, who would find it made and take it for an earlier run's."""
-    told: list[object] = [None]
-    if mesh.is_main:
-        try:
-            told = [make_folder(config.logger.run_dir, name)]
-        except UserError as error:
-            told = [error]
-    if mesh.host is not None:
-        dist.broadcast_object_list(told, src=0, group=mesh.host)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    return told[0]

@@ -178,6 +178,15 @@ def test_headers_of_plain_text_cannot_be_faked(tokenizer: Tokenizer) -> None:
     assert encoded.ids.tolist().count(tokenizer.eod) == 1
 
 
+def test_turns_may_touch(tokenizer: Tokenizer) -> None:
+    """Two messages of the assistant, and nothing between the end of one and the header of the next."""
+    chat = ChatFormat(
+        tokenizer, CHATML.replace("<|im_end|>' + '\n'", "<|im_end|>'").replace("<|im_end|>\n", "<|im_end|>")
+    )
+    encoded = chat.encode({"messages": [user("Hi"), said("One."), said("Two.")]})
+    assert learnt_turns(chat, encoded) == ["One.<|im_end|>", "Two.<|im_end|>"]
+
+
 def test_generation_marks_do_no_harm(tokenizer: Tokenizer, nemotron: ChatFormat) -> None:
     marked = CHATML.replace("m.content + '<", "'' }}{% generation %}{{ m.content }}{% endgeneration %}{{ '<")
     messages = [user("Hi"), said("Hello.")]

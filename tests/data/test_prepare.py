@@ -221,6 +221,21 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert sorted(texts["train"] + texts["valid"]) == sorted(f"{i} " + "words " * 2000 for i in range(1000))
 
 
+def test_only_its_own_temporaries_are_removed(tmp_path: Path) -> None:
+    """Another command may be writing to a prefix that begins like this one."""
+    (tmp_path / "out").mkdir()
+    mine, theirs = (tmp_path / "out" / f".{name}-00000_train.bin.123.tmp" for name in ("x", "x-2"))
+    for path in (mine, theirs):
+        path.touch()
+    path = jsonl(tmp_path / "a.jsonl")
+    prepare(
+        parser().parse_args(
+            ["--input", str(path), "--output-prefix", f"{tmp_path}/out/x", "--tokenizer-model", "bytes"]
+        )
+    )
+    assert (mine.exists(), theirs.exists()) == (False, True)
+
+
 def test_slips_on_the_command_line(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", TEXTS[:3])
     (tmp_path / "empty.jsonl").touch()

@@ -13,7 +13,7 @@ import torch
 import convert
 from nano3.parallel.layout import check_layout
 from nano3.parallel.mesh import lay_out
-from nano3.train.loop import run_folder
+from nano3.train.folders import run_folders
 from tests.parallel.kills import kill_often
 from tests.parallel.ranks import finish, start, trainer
 from tests.train.small import small
@@ -67,8 +67,9 @@ def choose(rank: int, world: int, folder: str, late: int) -> None:
     mesh = lay_out(config, check_layout(config, world), rank, torch.device("cpu"))
     if rank == late:
         time.sleep(0.3)
-    chosen = run_folder(config, "tiny", mesh)
-    assert chosen.is_dir()
+    chosen, save = run_folders(config, "tiny", mesh)
+    assert save == chosen / "checkpoints"
+    assert save.is_dir()
     Path(f"{rank}.txt").write_text(str(chosen))
 
 

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -13,11 +14,13 @@ import torch
 
 import convert
 from kernels.adamw import Moment, decode
+from nano3.cli import parser, resolve, to_yaml
 from nano3.config import UserError
 from nano3.model.init import named_tensors
 from nano3.parallel.mesh import ALONE
 from nano3.train import checkpoint
 from nano3.train.checkpoint import Saver
+from nano3.train.folders import resume_command
 from nano3.train.storage import FORMAT, POINTER, Progress, digest, read_manifest, verify
 from tests.oracles import hf_model, hf_name
 from tests.train.small import small, trainer
@@ -126,10 +129,64 @@ def test_the_last_good_one_is_named_and_taken_when_asked(tmp_path: Path, damage:
 
 def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     keep = ["checkpoint.most_recent_k=2", "checkpoint.save_retain_interval=4"]
+    theirs = tmp_path / "checkpoints" / "iter_0000000" / "mp_rank_00"  # Megatron's name for a checkpoint
+    theirs.mkdir(parents=True)
     trainer(f"logger.run_dir={tmp_path}", "train.train_iters=11", "checkpoint.save_interval=1", *keep).run()
+    assert theirs.is_dir()
+    theirs.rmdir()
+    theirs.parent.rmdir()
     left = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("iter_*"))
     assert left == [4, 8, 10, 11]
     assert (tmp_path / "checkpoints" / POINTER).read_text() == "11"
+
+
+def test_a_bad_place_for_checkpoints_is_refused_before_the_first_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"checkpoint\.save=.*file: cannot be written to"):
+        trainer(f"logger.run_dir={tmp_path / 'a'}", f"checkpoint.save={tmp_path}/file").run()
+    base = f"checkpoint.pretrained_checkpoint={tmp_path}/base"
+    trainer(f"logger.run_dir={tmp_path / 'b'}", f"checkpoint.save={tmp_path}/base", "train.train_iters=1").run()
+    steps = capsys.readouterr().out.count("step 1/")
+    with pytest.raises(UserError, match=r"checkpoint\.save=.*base holds the weights"):
+        trainer(f"logger.run_dir={tmp_path / 'c'}", f"checkpoint.save={tmp_path}/base", base).run()
+    assert (steps, capsys.readouterr().out.count("step 1/")) == (1, 0)
+
+
+def test_a_failed_evaluation_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t = trainer(f"logger.run_dir={tmp_path}", "validation.eval_interval=0", "checkpoint.save_interval=0")
+    evaluate = t._evaluate
+
+    def fail_at_the_end(log: object) -> float:
+        if t.progress.iteration:
+            raise RuntimeError("out of memory")
+        return evaluate(log)
+
+    monkeypatch.setattr(t, "_evaluate", fail_at_the_end)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        t.run()
+    t.saver.wait()
+    assert checkpoint.find(tmp_path, "test").name == f"iter_{t.config.iterations:07d}"
+
+
+@pytest.mark.parametrize(("world", "here"), [(1, 1), (4, 4), (16, 8)])
+def test_the_command_to_go_on_is_accepted(
+    world: int, here: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    config = small("checkpoint.pretrained_checkpoint=weights")
+    settings, checkpoints = tmp_path / "a run" / "config.yaml", tmp_path / "a run" / "checkpoints"
+    settings.parent.mkdir()
+    settings.write_text(to_yaml(config))
+    words = shlex.split(resume_command(config, "tiny", settings, checkpoints, world))
+    assert words[0] == ("python" if world == 1 else "torchrun")
+    assert (f"--nnodes={world // here}" in words) == (here < world)
+    went_on, _ = resolve(parser().parse_args(words[words.index("train.py") + 1 :]))
+    assert went_on.checkpoint.load == str(checkpoints)
+    assert went_on.checkpoint.pretrained_checkpoint is None
+    went_on.checkpoint.load, went_on.checkpoint.pretrained_checkpoint = None, "weights"
+    assert went_on == config
 
 
 def test_weights_alone_start_a_new_run(tmp_path: Path) -> None:
