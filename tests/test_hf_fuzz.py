@@ -131,7 +131,7 @@ TRICKS = {
         "appears twice",
     ),
     "shard in another folder": (edit(INDEX, set_first("../evil.safetensors")), "not the plain name of a file"),
-    "shard by its whole path": (edit(INDEX, set_first("/tmp/evil.safetensors")), "not the plain name of a file"),
+    "shard by its whole path": (edit(INDEX, set_first("/elsewhere/model.safetensors")), "not the plain name of a file"),
     "shard with NUL": (edit(INDEX, set_first("a\0.safetensors")), "not the plain name of a file"),
     "shard that is a pickle": (edit(INDEX, set_first("pytorch_model.bin")), "not the name of a safetensors file"),
     "shard is a number": (edit(INDEX, set_first(7)), "not the name of a safetensors file"),

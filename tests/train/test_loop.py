@@ -174,6 +174,28 @@ def test_a_job_that_saves_where_it_loads_can_start_and_restart(tmp_path: Path) -
         trainer(*same, "train.train_iters=5").run()
 
 
+def test_such_a_job_may_begin_with_weights(tmp_path: Path) -> None:
+    trainer(f"logger.run_dir={tmp_path / 'base'}", "train.train_iters=2").run()
+    weights = f"checkpoint.pretrained_checkpoint={tmp_path / 'base'}"
+    with pytest.raises(UserError, match="give one of them"):
+        trainer(weights, f"checkpoint.load={tmp_path / 'base'}")
+    same = [
+        f"checkpoint.save={tmp_path}/ck",
+        f"checkpoint.load={tmp_path}/ck",
+        f"logger.run_dir={tmp_path}/run",
+        weights,
+    ]
+    first = trainer(*same, "train.train_iters=3")
+    begun = trainer(weights)
+    for name, p in named_tensors(first.model).items():
+        assert torch.equal(p, named_tensors(begun.model)[name]), name
+    first.run()
+    again = trainer(*same, "train.train_iters=5")
+    assert again.progress.iteration == 3
+    for name, p in named_tensors(again.model).items():
+        assert torch.equal(p, named_tensors(first.model)[name]), name
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "pointer"])
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) -> None:
     trainer(f"logger.run_dir={tmp_path}", "train.train_iters=3").run()
@@ -272,12 +294,13 @@ def test_a_step_that_is_not_finite_changes_nothing(what: str, settings: list[str
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_it_saves_and_ends_cleanly(tmp_path: Path, sig: signal.Signals) -> None:
     command = [sys.executable, "train.py", "--mode", "pretrain", "--preset", "tiny", *SHRINK]
-    command += ["train.train_iters=100000", f"logger.run_dir={tmp_path}"]
+    command += ["train.train_iters=100000", "dataset.num_workers=1", f"logger.run_dir={tmp_path}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True, **output)
     for line in process.stdout:
         if line.startswith("step") and " 4/" in line:
-            process.send_signal(sig)
+            os.killpg(process.pid, sig)  # data workers too: as a terminal's Ctrl-C does, and a scheduler's SIGTERM
             break
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 0
