@@ -19,10 +19,12 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import queue
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -138,30 +140,22 @@ def _finished(job: Job, number: int, width: int) -> dict | None:
 # --- processes
 
 
+def _end_with_parent() -> None:
+    """End this worker at once when the command is killed: nobody wants the rest, and a second run may begin."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def work(job: Job, tasks: multiprocessing.Queue, results: multiprocessing.Queue) -> None:
     """A worker: pieces from `tasks` until None; ("progress" | "done" | "failed", …) to `results`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    parent = os.getppid()
-
-    def end_if_orphaned() -> None:
-        if os.getppid() != parent:  # the command was killed, so nobody wants this
-            os._exit(1)
-
-    def report(size: int, ids: int) -> None:
-        end_if_orphaned()
-        results.put(("progress", size, ids))
-
-    def next_task() -> tuple[int, Piece] | None:
-        while True:
-            try:
-                return tasks.get(timeout=5)
-            except queue.Empty:
-                end_if_orphaned()
-
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         tokenizer = load_tokenizer(job.tokenizer, 2**31)
-        while (task := next_task()) is not None:
-            results.put(("done", task[0], convert(job, *task, tokenizer, report)))
+        while (task := tasks.get()) is not None:
+            results.put(
+                ("done", task[0], convert(job, *task, tokenizer, lambda *done: results.put(("progress", *done))))
+            )
     except UserError as error:
         results.put(("failed", str(error)))
     except OSError as error:
@@ -338,7 +332,7 @@ def _remove_temporaries(job: Job) -> None:
     for folder, pattern in ((Path(job.prefix).parent, shard), (job.record(0).parent, r"\..*\.tmp")):
         for path in folder.iterdir():
             if re.fullmatch(pattern, path.name):
-                path.unlink()
+                path.unlink(missing_ok=True)  # a worker of the killed run may be giving it its name just now
 
 
 def _finish(job: Job, records: list[dict], say: Callable[[str], None]) -> Path:

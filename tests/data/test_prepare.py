@@ -221,6 +221,13 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert sorted(texts["train"] + texts["valid"]) == sorted(f"{i} " + "words " * 2000 for i in range(1000))
 
 
+def test_a_temporary_that_goes_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker of a killed run may still name its file while the next run looks for what was left behind."""
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda p: [*listed(p), p / ".x-00000_train.bin.123.tmp", p / ".0.json.1.tmp"])
+    assert sum(map(len, run(tmp_path, jsonl(tmp_path / "a.jsonl")).values())) == len(TEXTS)
+
+
 def test_only_its_own_temporaries_are_removed(tmp_path: Path) -> None:
     """Another command may be writing to a prefix that begins like this one."""
     (tmp_path / "out").mkdir()
