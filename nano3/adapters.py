@@ -26,7 +26,7 @@ from nano3.model.layout import pieces
 from nano3.model.lora import adapted, scales_of, sites_of
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import ALONE, Mesh
-from nano3.train import checkpoint
+from nano3.train import checkpoint, locate
 from nano3.train.checkpoint import RECIPE
 from nano3.train.optim import AdamW
 from nano3.train.storage import read_manifest
@@ -88,7 +88,7 @@ def read_recipe(folder: Path, setting: str) -> Recipe:
 
 def open_base(path: str, setting: str) -> Source:
     """Base weights: a checkpoint of ours, a Hugging Face folder or a hub id."""
-    if checkpoint.is_ours(path):
+    if locate.is_ours(path):
         return open_checkpoint(path, setting)[0]
     return open_model(find_model(path, setting=setting))
 
@@ -155,20 +155,29 @@ def load_base(path: str, setting: str, model: Nano3, optimizer: AdamW | None) ->
     return [f"base in FP8, error |w' - w| / |w|{share}: {found}"]
 
 
-def start(config: Config, loaded: str | None, model: Nano3, optimizer: AdamW | None) -> tuple[Recipe, list[str]]:
-    """Bring the base weights of a model with adapters.  loaded: the adapters' checkpoint, if they are resumed.  Returns
-    the recipe, and lines worth saying about the base.
+def meant(path: str, recipe: Recipe) -> str:
+    """The base that a path means beside adapters: a folder of checkpoints, into which a run may go on to save, means
+    the one that they were trained on."""
+    folders = [Path(path).resolve(), Path(path).resolve() / "checkpoints"]
+    return recipe.base if Path(recipe.base).parent in folders and Path(recipe.base).is_dir() else path
+
+
+def start(config: Config, loaded: Path | None, model: Nano3, optimizer: AdamW | None) -> tuple[Recipe, list[str]]:
+    """Bring the base weights of a model with adapters.  loaded: the adapters' iteration folder, if they are resumed.
+    Returns the recipe, and lines worth saying about the base.
 
     Raises UserError if there is no base, or if the adapters there have another recipe or were trained on another base.
     """
-    there = None if loaded is None else read_recipe(_folder(loaded, config), "checkpoint.load")
+    there = None if loaded is None else read_recipe(loaded, "checkpoint.load")
     base, setting = config.checkpoint.pretrained_checkpoint, "checkpoint.pretrained_checkpoint"
-    if base is None and there is not None:
-        base, setting = there.base, f"checkpoint.load={loaded}, whose base is"
+    if there is not None:
+        setting = setting if base else f"checkpoint.load={loaded}, whose base is"
+        base = meant(base, there) if base else there.base
     if base is None:
         raise UserError(
             "--peft lora adapts a model that is trained already: give it with checkpoint.pretrained_checkpoint=PATH"
         )
+    base = locate.fixed(base, setting, model.mesh)
     source = open_base(base, setting)
     recipe = recipe_of(config.model, config.peft, base, fingerprint(source, model.mesh))
     source.close()
@@ -183,21 +192,10 @@ def start(config: Config, loaded: str | None, model: Nano3, optimizer: AdamW | N
     return recipe, load_base(base, setting, model, optimizer)
 
 
-def _folder(loaded: str, config: Config) -> Path:
-    """The iteration folder that is resumed; all of a run have the same recipe, so any that is sound will do."""
-    try:
-        return checkpoint.find(loaded, "checkpoint.load")
-    except UserError:
-        good = checkpoint.last_good(Path(loaded)) if config.checkpoint.resume_from_last_good else None
-        if good is None:
-            raise
-        return good
-
-
 def load_model(path: str, setting: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Nano3, Config]:
     """A model in eval mode from a checkpoint, of the whole model or of adapters, whose base is then read from where it
     was when they were trained.  `dtype` None keeps the one it was trained in."""
-    folder = checkpoint.find(path, setting)
+    folder = locate.find(path, setting)
     if not has_recipe(folder):
         return checkpoint.load_model(path, setting, device, dtype)
     recipe, config = read_recipe(folder, setting), checkpoint.read_config(folder)

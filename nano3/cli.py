@@ -222,6 +222,10 @@ def validate(config: Config) -> None:
     if k == 0 or k < -1:
         raise UserError(f"checkpoint.most_recent_k={k} would keep nothing; use 1 or more, or -1 to keep all")
     c = config.checkpoint
+    if c.save_retain_interval is not None:
+        _at_least(config, "checkpoint", "save_retain_interval", 1)
+    if c.resume_from_last_good and c.load is None:
+        raise UserError("--resume-from-last-good says what to do if checkpoint.load is damaged, which is not given")
     both = c.load is not None and c.pretrained_checkpoint is not None
     # Adapters are resumed, and lie beside weights that come from elsewhere; and a job that loads where it saves begins
     # with the weights and goes on from the checkpoint.

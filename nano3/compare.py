@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nano3.config import KINDS, ModelConfig, UserError
 from nano3.convert import open_checkpoint
+from nano3.convert import rounded as rounded_once
 from nano3.convert_jobs import Meter
 from nano3.hf import GEOMETRY, Source, find_model, is_experts, open_model, released_name
 from nano3.hf_files import BITS
@@ -150,7 +151,7 @@ def difference(a: Source, b: Source, name: str, rounded: bool = False) -> str:
 def _rounded(stream: Iterator[memoryview], wide: torch.dtype, narrow: torch.dtype) -> Iterator[memoryview]:
     """The bytes of numbers after one rounding."""
     for piece in stream:
-        numbers = torch.frombuffer(bytearray(piece), dtype=wide).to(narrow)
+        numbers = rounded_once(torch.frombuffer(bytearray(piece), dtype=wide), narrow)
         yield memoryview(numbers.view(torch.uint8).numpy())
 
 

@@ -231,7 +231,7 @@ UNSUPPORTED = {
 REFUSALS = {
     "moe_latent_size": "latent experts (Nemotron 3 Super and Ultra) are not implemented; use a Nano model",
     "num_nextn_predict_layers": "multi-token prediction (Lightning, Super) is not implemented; "
-    "set it to 0 to use the trunk without its prediction head",
+    "set it to 0 to use the trunk without its prediction head, or import it with convert.py import --drop-mtp",
 }
 
 

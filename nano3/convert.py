@@ -42,7 +42,7 @@ from nano3.hf import (
 )
 from nano3.hf_files import INDEX, SINGLE, Files, Span, Target, is_file_of, read_folder, read_header, write_safetensors
 from nano3.model.layout import split_of
-from nano3.train import checkpoint
+from nano3.train import checkpoint, locate
 from nano3.train.storage import (
     DTYPES,
     MANIFEST,
@@ -55,6 +55,7 @@ from nano3.train.storage import (
     Progress,
     commit,
     flush,
+    foreign,
     intact,
     manifest_of,
     read_manifest,
@@ -104,7 +105,7 @@ def open_checkpoint(path: str | Path, setting: str, strict: bool = True) -> tupl
 
     Reads the manifest, headers and the small files, no tensor and no checksum of one.  strict: see `open_model`.
     """
-    folder = checkpoint.find(path, setting)
+    folder = locate.find(path, setting)
     checkpoint.refuse_adapters(folder, setting)
     manifest = read_manifest(folder, setting)
     tensor_files = sorted({chunk.file for entry in manifest.tensors.values() for chunk in entry.chunks})
@@ -166,7 +167,7 @@ def cast(blocks: Iterable[memoryview], name: str, old: str, new: str) -> Iterato
     """The elements in another dtype, rounded to nearest.  Raises UserError if a number does not fit."""
     for block in blocks:
         before = torch.frombuffer(block, dtype=DTYPES[old])
-        after = (_to_odd(before) if old == "F64" and new in ("F16", "BF16") else before).to(DTYPES[new])
+        after = rounded(before, DTYPES[new])
         if (after.isinf() & ~before.isinf()).any():
             asked = str(after.dtype).removeprefix("torch.")
             wider = "float32" if new == "BF16" else "bfloat16 or float32"
@@ -174,9 +175,14 @@ def cast(blocks: Iterable[memoryview], name: str, old: str, new: str) -> Iterato
         yield memoryview(after.view(torch.uint8).numpy())
 
 
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To another dtype, rounded once to the nearest.  torch goes from float64 to 16 bits through float32, twice."""
+    return (_to_odd(x) if x.dtype == torch.float64 and dtype.itemsize == 2 else x).to(dtype)
+
+
 def _to_odd(x: Tensor) -> Tensor:
     """float64 -> float32, cut off towards zero and with the last bit set if anything was lost, so that rounding to 16
-    bits after it is rounding once.  torch goes through float32 to the nearest, which rounds twice."""
+    bits after it is rounding once."""
     y = x.float()
     bits = y.view(torch.int32)
     bits -= (y.double().abs() > x.abs()).int()
@@ -260,6 +266,8 @@ def _check_import_folder(model: Path, out: Path, final: Path, overwrite: bool) -
         raise UserError(f"--megatron-path {out} holds {held}; import into a new folder")
     if out.resolve() == model.resolve():
         raise UserError(f"--megatron-path {out} is the model's own folder; import into a new one")
+    if foreign(final):
+        raise UserError(f"--megatron-path {out}: {final} is there and is not nano3's; import into a new folder")
     if final.exists() and not overwrite:
         raise UserError(f"--megatron-path {out} holds an import already; add --overwrite to replace it")
 
@@ -276,7 +284,7 @@ def export_model(model: Path | None, path: str, out: Path, options: Options, met
     weights = model is not None and any((model / n).exists() for n in (INDEX, SINGLE))
     dtypes = _export_dtypes(source, model if weights else None, model, manifest, options.dtype)
     said = None if weights and options.dtype is None else dtypes["embeddings.weight"]
-    config = config_json(source.config, model, said, options.drop_mtp)
+    config = config_json(source.config, model, said)
     source.files = Checked(source.folder, manifest)
     targets = released(source, dtypes, partial(stream, source))
     what = f"{source.folder} -> {out}"
@@ -458,7 +466,7 @@ class Checked(Files):
             self._refuse(path)
 
     def _refuse(self, path: Path) -> NoReturn:
-        good = checkpoint.remedy(path.parent.parent, path.parent)
+        good = locate.remedy(path.parent.parent, path.parent)
         raise UserError(f"--megatron-path: {path} was altered: its checksum is not the manifest's{good}")
 
 

@@ -256,7 +256,8 @@ def open_model(folder: Path | str, strict: bool = True, drop_mtp: bool = False) 
     unexpected = [name for name in others if name not in set(mtp)]
     if mtp and not drop_mtp:
         problems.append(
-            f"{len(mtp)} tensors mtp.*: multi-token prediction is not implemented; --drop-mtp leaves them out"
+            f"{len(mtp)} tensors mtp.*: multi-token prediction is not implemented; convert.py import --drop-mtp leaves "
+            "them out"
         )
     if unexpected:
         scaled = any("scale" in n for n in others)
@@ -337,15 +338,16 @@ def small_files(folder: Path) -> list[Path]:
     return out
 
 
-def config_json(c: ModelConfig, folder: Path | None, dtype: str | None = None, drop_mtp: bool = False) -> bytes:
+def config_json(c: ModelConfig, folder: Path | None, dtype: str | None = None) -> bytes:
     """The config.json of a model of geometry `c`.
 
     That of `folder` byte for byte if it says the same, else with what differs replaced; without a folder
-    a new one.  dtype: safetensors' name of what the weights are in, None for what the folder says.
+    a new one.  dtype: safetensors' name of what the weights are in, None for what the folder says.  A head that
+    predicts further tokens is never among our weights, so it is not in the new file.
     """
-    theirs, raw = (None, NEW) if folder is None else read_config(folder, drop_mtp)
+    theirs, raw = (None, NEW) if folder is None else read_config(folder, drop_mtp=True)
     changed = {f: getattr(c, f) for f in GEOMETRY if theirs is None or getattr(c, f) != getattr(theirs, f)}
-    if raw.get("num_nextn_predict_layers") and drop_mtp:
+    if raw.get("num_nextn_predict_layers"):
         changed["num_nextn_predict_layers"] = 0
     key = "dtype" if "dtype" in raw else "torch_dtype"
     name = str(DTYPES[dtype]).removeprefix("torch.") if dtype else raw.get(key)

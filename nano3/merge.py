@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nano3.adapters import Recipe, check_base, fingerprint, open_base, read_recipe
+from nano3.adapters import Recipe, check_base, fingerprint, meant, open_base, read_recipe
 from nano3.config import ModelConfig, UserError
 from nano3.convert import (
     INCOMPLETE,
@@ -36,7 +36,7 @@ from nano3.convert_jobs import Meter, check_space, journal_says, journalled
 from nano3.hf import Source, config_json, find_model
 from nano3.hf_files import Target
 from nano3.model.lora import Site
-from nano3.train import checkpoint
+from nano3.train import checkpoint, locate
 from nano3.train.storage import DTYPES, NAMES, Container, Manifest
 
 PIECE = 1 << 20  # elements of a weight in fp32 at a time
@@ -47,7 +47,7 @@ class Adapters:
     """The tensors of an adapter checkpoint, whole, whatever layout wrote them."""
 
     def __init__(self, path: str, setting: str) -> None:
-        self.folder, self.manifest = checkpoint.open_verified(path, setting)
+        self.folder, self.manifest = locate.open_verified(path, setting)
         self.recipe: Recipe = read_recipe(self.folder, setting)
         self.config: ModelConfig = checkpoint.read_config(self.folder).model
         self.container = Container(self.folder, self.manifest)
@@ -115,7 +115,9 @@ def merge_model(
     folder = None if hf_model is None else find_model(hf_model, setting="--hf-model-path")
     if folder is None and (base.folder / "hf").is_dir():
         folder = base.folder / "hf"
-    said = base.tensors["embeddings.weight"].dtype if folder is None and options.dtype is None else options.dtype
+    said = options.dtype  # where the base is another's import, config.json need not say what it is in
+    if said is None and (folder is None or folder.resolve() != base.folder.resolve()):
+        said = base.tensors["embeddings.weight"].dtype
     config = config_json(base.config, folder, said)
     dtypes = {name: new_dtype(name, t.dtype, options.dtype) for name, t in base.tensors.items()}
     targets = released(base, dtypes, partial(merged, base, adapters))
@@ -133,6 +135,7 @@ def _open(hf_model: str | None, lora: str, pretrained: str | None) -> tuple[Adap
     path, setting = pretrained or hf_model, "--pretrained" if pretrained else "--hf-model-path"
     if path is None:
         path, setting = adapters.recipe.base, f"--lora-checkpoint {lora}, whose base is"
+    path = locate.fixed(meant(path, adapters.recipe), setting)
     base = open_base(path, setting)
     check_base(adapters.recipe, fingerprint(base), path, setting)
     return adapters, base

@@ -15,7 +15,7 @@ from nano3 import blocks
 from nano3.blocks import BLOCK, Checksums, checksums_of, new_file
 from nano3.config import UserError
 from nano3.hf_files import read_header
-from nano3.train import checkpoint, storage
+from nano3.train import locate, storage
 from nano3.train.storage import Item, Progress, commit, manifest_of, read_manifest, temporary_folder, write_file
 from tests.hf_folders import random_weights, write_checkpoint, write_folder
 from tests.oracles import GOLDEN
@@ -78,10 +78,10 @@ def test_a_file_of_several_blocks_is_verified(tmp_path: Path, damage: str) -> No
 
     def refused(match: str) -> None:
         with pytest.raises(UserError, match=rf"{match}.*last good one is iteration 1"):
-            checkpoint.open_verified(tmp_path, "test")
-        assert checkpoint.open_verified(tmp_path, "test", or_last_good=True)[0].name == "iter_0000001"
+            locate.open_verified(tmp_path, "test")
+        assert locate.open_verified(tmp_path, "test", or_last_good=True)[0].name == "iter_0000001"
 
-    checkpoint.open_verified(tmp_path, "test")
+    locate.open_verified(tmp_path, "test")
     if damage == "flip":
         for at in (0, BLOCK - 1, BLOCK, 2 * BLOCK + 77, 3 * BLOCK, len(data) - 1):
             flip(file, at)
@@ -116,7 +116,7 @@ def test_the_same_export_however_the_blocks_cut_the_elements(
         else:
             ckpt = write_checkpoint(tmp_path / str(cut), GOLDEN, random_weights(GOLDEN, 1), seed=1)
         made.append([files_of(exported(folder, ckpt, *more, to=f"{cut}{len(more)}")) for more in ([], wide)])
-        checkpoint.open_verified(ckpt, "test")
+        locate.open_verified(ckpt, "test")
     assert made[0] == made[1]
     run("verify", folder, tmp_path / f"{size}0")
 
@@ -158,12 +158,12 @@ def test_a_flipped_bit_in_any_block_is_not_exported(
         assert not (tmp_path / "out" / "config.json").exists()
         assert not list((tmp_path / "out").glob("*.safetensors"))
         with pytest.raises(UserError, match=path.name):
-            checkpoint.open_verified(last, "test")
+            locate.open_verified(last, "test")
         flip(path, at)
     flip(path, at)
     assert convert.main(["verify", str(folder), str(last)]) == 1
     flip(path, at)
-    checkpoint.open_verified(last, "test")
+    locate.open_verified(last, "test")
     run(*args)
     assert files_of(tmp_path / "out") == files_of(whole)
 

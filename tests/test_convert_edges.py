@@ -124,6 +124,14 @@ def test_float64_is_rounded_once(tmp_path: Path) -> None:
     assert ((got - x).abs() <= (down - x).abs())[finite].all()
 
 
+def test_verify_rounds_float64_once_too(tmp_path: Path) -> None:
+    weights = {n: t.double() for n, t in random_weights(GOLDEN, 1).items()}
+    weights["norm_f.weight"][3] = 1 + 2**-8 + 2**-40
+    a = write_folder(tmp_path / "a", GOLDEN, weights)
+    run("import", "--hf-model", a, "--megatron-path", tmp_path / "b", "--dtype", "bfloat16")
+    run("verify", "--rounded", a, tmp_path / "b")
+
+
 @pytest.mark.parametrize("number", ["1٣", "01", "-1", "+1", "1_0", " 1", "1.0", ""])
 def test_an_experts_number_is_written_in_plain_digits(number: str) -> None:
     """int() reads the digits of every script, and more."""

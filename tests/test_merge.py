@@ -1,6 +1,7 @@
 """Adapters merged, and written for PEFT: the same function as the adapted model, in transformers and in peft."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import NemotronHForCausalLM
 
+import convert
 import merge_lora
 from kernels import fp8
 from nano3 import adapters
@@ -104,6 +106,23 @@ def test_adapters_of_a_base_in_fp8_are_added_to_the_base_as_it_is(
         assert (out.read(site.weight) - (W.double() + model.peft.scale * (B @ A))).abs().max() < 1e-6, site.weight
     ours, theirs = our_logits(checkpoint), their_logits(load(tmp_path / "out"))
     assert 1e-3 < (ours - theirs).norm() / theirs.norm() < 0.3
+
+
+def test_a_base_without_the_head_it_was_released_with(base: Path, tmp_path: Path) -> None:
+    """Imported with --drop-mtp --dtype: a merge and an export need no flag again, and say what they hold."""
+    folder, ckpt = tmp_path / "hf", tmp_path / "ckpt"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1, "dtype": "bfloat16"}))
+    imported = ["import", "--hf-model", folder, "--megatron-path", ckpt, "--drop-mtp", "--dtype", "float32"]
+    assert convert.main([str(a) for a in imported]) == 0
+    checkpoint = train(ckpt, tmp_path / "run")
+    run("--lora-checkpoint", checkpoint, "--output", tmp_path / "merged")
+    assert convert.main(["export", "--megatron-path", str(ckpt), "--hf-path", str(tmp_path / "out")]) == 0
+    for out in ("merged", "out"):
+        said = json.loads((tmp_path / out / "config.json").read_text())
+        assert (said["num_nextn_predict_layers"], said["dtype"]) == (0, "float32")
+    assert (our_logits(checkpoint) - their_logits(load(tmp_path / "merged", dtype="auto"))).abs().max() < 2e-5
 
 
 def test_the_sum_is_rounded_once(base: Path, tmp_path: Path) -> None:

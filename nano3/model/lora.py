@@ -27,6 +27,7 @@ from nano3.config import ModelConfig, PeftConfig, UserError
 from nano3.model.linear import Linear
 from nano3.model.moe import Experts
 
+BIAS = "e_score_correction_bias"  # of a router: its selection biases
 ADAPTABLE = {  # by the letter of a block: what can be adapted in its mixer
     "M": ("in_proj", "out_proj"),
     "*": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -251,20 +252,25 @@ def trains(name: str, peft: PeftConfig) -> bool:
     return not any(fnmatchcase(name, glob) for glob in peft.freeze)
 
 
+def balances(layer: str, peft: PeftConfig) -> bool:
+    """Whether training moves the selection biases of a mixture, which no gradient does."""
+    return not peft.router_frozen and (peft.adapts or trains(f"layers.{layer}.mixer.gate.{BIAS}", peft))
+
+
 def kept(name: str, peft: PeftConfig) -> bool:
     """Whether a tensor, parameter or buffer, belongs to a checkpoint: with adapters only what training changes does."""
-    if peft.adapts and name.endswith(".e_score_correction_bias"):
+    if peft.adapts and name.endswith(f".{BIAS}"):
         return not peft.router_frozen
     return not peft.adapts or trains(name, peft)
 
 
 def check_freeze(names: list[str], peft: PeftConfig) -> None:
-    """Raise UserError if a glob of peft.freeze matches no parameter of the whole model, or nothing is left to train."""
+    """Raise UserError if a glob of peft.freeze matches no tensor of the whole model, or nothing is left to train."""
     for glob in peft.freeze:
         if not any(fnmatchcase(name, glob) for name in names):
             raise UserError(
                 f"peft.freeze: {glob!r} matches no tensor; write for example embeddings.weight, 'layers.0.*' or "
-                "'*.norm.weight' (selection biases: peft.freeze_router)"
+                "'*.norm.weight'"
             )
-    if not any(trains(name, peft) for name in names):
+    if not any(trains(name, peft) for name in names if not name.endswith(f".{BIAS}")):
         raise UserError("peft.freeze leaves nothing to train")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nano3.config import Config, UserError
 from nano3.parallel.layout import AXES, Layout, check_layout, kv_copies
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,21 @@ class Mesh:
 
 
 ALONE = Mesh()
+
+
+def first_says(mesh: Mesh, find: Callable[[], T]) -> T:
+    """What the first rank finds, on every rank; if it raises a UserError or an OSError, all raise a UserError."""
+    found: list[object] = [None]
+    if mesh.is_main:
+        try:
+            found = [find()]
+        except (UserError, OSError) as error:
+            found = [error if isinstance(error, UserError) else UserError(str(error))]
+    if mesh.host is not None:
+        dist.broadcast_object_list(found, src=0, group=mesh.host)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    return found[0]
 
 
 class LostContact(RuntimeError):

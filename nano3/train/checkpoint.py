@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,10 +30,11 @@ from nano3.model.layout import Piece, pieces, split_of, whole_shapes
 from nano3.model.lora import adapted, attach, in_fp8, kept
 from nano3.model.model import Nano3
 from nano3.parallel.mesh import ALONE, Mesh
-from nano3.train import storage
+from nano3.train import locate, storage
 from nano3.train.engine import read, write
+from nano3.train.locate import open_verified
 from nano3.train.optim import AdamW
-from nano3.train.storage import MANIFEST, NEXT, POINTER, Container, Manifest, Progress, read_manifest
+from nano3.train.storage import MANIFEST, Container, Manifest, Progress
 
 RECIPE = "adapter.json"  # marks a checkpoint that holds adapters alone (`nano3/adapters.py`)
 
@@ -84,13 +84,14 @@ class Saver:
 
     def _retire(self, newest: Path) -> None:
         """Delete what checkpoint.most_recent_k and save_retain_interval do not keep, of checkpoints of ours: Megatron's
-        folders have the same names."""
+        folders have the same names.  The interval alone keeps its multiples and the newest, as it does there."""
         c = self.config.checkpoint
-        if c.most_recent_k < 0:
+        newest_k = 1 if c.most_recent_k < 0 and c.save_retain_interval else c.most_recent_k
+        if newest_k < 0:
             return
-        everything = [p for p in storage.iterations(self.folder) if (p / storage.MANIFEST).is_file()]
+        everything = [p for p in storage.iterations(self.folder) if (p / MANIFEST).is_file()]
         done = everything[: everything.index(newest) + 1]
-        for old in done[: max(0, len(done) - c.most_recent_k)]:
+        for old in done[: max(0, len(done) - newest_k)]:
             if not (c.save_retain_interval and int(old.name[5:]) % c.save_retain_interval == 0):
                 with contextlib.suppress(OSError):
                     storage.remove(old)
@@ -164,99 +165,27 @@ def wanted(
     return out
 
 
-def find(path: str | Path, setting: str) -> Path:
-    """The iteration folder meant by `path`: itself, or the newest complete one in it.  `setting` is named in errors.
-
-    That is the one the pointer names, except after a kill between two steps of `commit`: the checkpoint has its name,
-    but the pointer is one behind (NEXT names it), or an older one of the same name was moved aside for it.  Times of
-    files decide nothing, so a copy of the folder is as good as the folder.
-    """
-    folder = Path(path)
-    for candidate in (folder, folder / "checkpoints"):  # a run folder will do as well
-        if (candidate / MANIFEST).is_file():
-            return candidate
-        done = [p for p in storage.iterations(candidate) if (p / MANIFEST).is_file()]
-        if (ahead := storage.pointed_to(candidate / NEXT)) in done:
-            return ahead
-        pointer = candidate / POINTER
-        if pointer.is_file():
-            chosen = storage.pointed_to(pointer) or candidate
-            if chosen in done:
-                return chosen
-            if (aside := storage.replaced_folder(chosen)).is_dir():
-                return aside
-            text = pointer.read_bytes()[:20].decode(errors="replace").strip()
-            problem = f"{setting}={path}: {POINTER} says {text!r}, but {chosen} is not a checkpoint"
-            raise UserError(problem + remedy(candidate, chosen))
-        if done:
-            return done[-1]
-    raise UserError(f"{setting}={path}: no checkpoint there (expected iter_NNNNNNN folders or one of them)")
-
-
-def last_good(folder: Path, but: Path | None = None) -> Path | None:
-    """The checkpoint with the highest iteration whose files are all as they were written; None if there is none."""
-    for candidate in reversed(storage.iterations(folder)):
-        if candidate == but:
-            continue
-        try:
-            storage.verify(candidate, read_manifest(candidate, ""), "")
-        except UserError:
-            continue
-        return candidate
-    return None
-
-
-def remedy(folder: Path, bad: Path) -> str:
-    """The end of a message about a bad checkpoint."""
-    good = last_good(folder, bad)
-    if good is None:
-        return "; there is no good one beside it"
-    return f"; the last good one is iteration {int(good.name[5:])}: load {good}, or add --resume-from-last-good"
-
-
-def open_verified(
-    path: str | Path, setting: str, mesh: Mesh = ALONE, or_last_good: bool = False
-) -> tuple[Path, Manifest]:
-    """The checkpoint meant by `path`, every file's checksum compared, the ranks sharing the work."""
-    try:
-        folder = find(path, setting)
-    except UserError:
-        good = last_good(Path(path)) if or_last_good else None
-        if good is None:
-            raise
-        folder = good
-    problem = ""
-    try:
-        manifest = read_manifest(folder, setting)
-        storage.verify(folder, manifest, setting, mesh.rank, mesh.world)
-    except UserError as error:
-        problem = str(error)
-    problems = [problem]
-    if mesh.host is not None:
-        problems = [""] * mesh.world
-        dist.all_gather_object(problems, problem, group=mesh.host)
-    if problem := next(filter(None, problems), ""):
-        good = last_good(folder.parent, folder) if or_last_good else None
-        if good is None:
-            raise UserError(problem + remedy(folder.parent, folder))
-        return good, read_manifest(good, setting)
-    return folder, manifest
-
-
 def read_config(folder: Path) -> Config:
-    """The configuration that a checkpoint was written with."""
-    return OmegaConf.to_object(
-        merge(OmegaConf.structured(Config), OmegaConf.load(folder / "config.yaml"), str(folder / "config.yaml"))
-    )
+    """The configuration that a checkpoint was written with.  Raises UserError if its file is not there or damaged."""
+    path = folder / "config.yaml"
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:  # the YAML reader has many exceptions
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return OmegaConf.to_object(merge(OmegaConf.structured(Config), given, str(path)))
+
+
+def load(path: str | Path, setting: str, model: Nano3, optimizer: AdamW | None) -> Progress:
+    """Find a checkpoint, verify it and restore it."""
+    return restore(*open_verified(path, setting, model.mesh), setting, model, optimizer)
 
 
 @torch.no_grad()
-def load(path: str, setting: str, model: Nano3, optimizer: AdamW | None, or_last_good: bool = False) -> Progress:
-    """Restore this rank's share of model and optimizer in place from a checkpoint of the same geometry, any layout.
+def restore(folder: Path, manifest: Manifest, setting: str, model: Nano3, optimizer: AdamW | None) -> Progress:
+    """Fill this rank's share of model and optimizer from a checkpoint of the same geometry, any layout.
 
     Of a model with adapters these and their optimizer state; `load_weights` has brought the base.
     """
-    folder, manifest = open_verified(path, setting, model.mesh, or_last_good)
     check_geometry(manifest, model, folder, setting, partial(kept, peft=model.peft))
     steps = manifest.progress.iteration
     shares = wanted(model, optimizer, manifest.tensors, steps, partial(kept, peft=model.peft))
@@ -282,10 +211,9 @@ def load_weights(path: str, setting: str, model: Nano3, optimizer: AdamW | None)
     def base(name: str) -> bool:
         return _of_the_base(name) and not in_fp8(name, model.peft)
 
-    if not is_ours(path):
+    if not locate.is_ours(path):
         source = hf.open_model(hf.find_model(path, setting=setting))
-        if hf.shapes(source.config) != hf.shapes(model.config):
-            raise UserError(f"{setting}={path}: {_difference(source.config, model.config)}")
+        _same_geometry(source.config, model.config, f"{setting}={path}")
         for found in wanted(model, optimizer, (), choose=base).values():
             for piece in found:
                 piece.tensor.copy_(source.read(piece.name, piece.index))
@@ -320,32 +248,34 @@ def choose_tokenizer(config: Config, source: str | None) -> None:
 
 def tokenizer_in(path: str) -> str | None:
     """The tokenizer that belongs to a checkpoint or a Hugging Face folder or id, as tokenizer.tokenizer_model."""
-    if not is_ours(path):
+    if not locate.is_ours(path):
         return path
-    folder = find(path, "checkpoint.pretrained_checkpoint")
+    folder = locate.find(path, "tokenizer.tokenizer_model=auto")
     if any((folder / "hf" / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return str(folder / "hf")  # it was imported with it
     name = tokenizer_name(read_config(folder))
     return None if name == "none" else name
 
 
-def is_ours(path: str) -> bool:
-    """Whether a path leads to checkpoints of ours, and not to a Hugging Face folder."""
-    folders = (Path(path), Path(path) / "checkpoints")
-    return any((f / MANIFEST).is_file() or (f / POINTER).is_file() or any(f.glob("iter_*")) for f in folders)
+def _same_geometry(theirs: ModelConfig, ours: ModelConfig, where: str) -> None:
+    """Raise UserError if weights belong to another model, in what no shape shows either: heads, experts per token."""
+    if other := [k for k in hf.GEOMETRY if vars(theirs)[k] != vars(ours)[k]]:
+        settings = " ".join(f"model.{k}={_typed(vars(theirs)[k])}" for k in other)
+        raise UserError(
+            f"{where} has another geometry than the model here; use the preset that fits, or add {settings}"
+        )
 
 
-def _difference(theirs: ModelConfig, ours: ModelConfig) -> str:
-    """The settings that would make our model theirs."""
-    other = {k: v for k, v in vars(theirs).items() if v != vars(ours)[k] and k != "kernels"}
-    settings = " ".join(f"model.{k}={v}" for k, v in other.items())
-    return f"it has another geometry than the preset; use a preset that fits, or {settings}"
+def _typed(value: object) -> str:
+    """A value as it is given on the command line."""
+    return f"[{','.join(map(_typed, value))}]" if isinstance(value, list) else str(value).replace("inf", ".inf")
 
 
 def check_geometry(
     manifest: Manifest, model: Nano3, folder: Path, setting: str, choose: Callable[[str], bool] = lambda name: True
 ) -> None:
     """Raise UserError if the checkpoint's weights are not those of this model, or the chosen ones of them."""
+    _same_geometry(read_config(folder).model, model.config, f"{setting}: {folder}")
     here: dict[str, tuple[int, ...]] = {}
     for name, shape in whole_shapes(model.config, model.peft).items():
         if not choose(name):
@@ -359,8 +289,8 @@ def check_geometry(
         if here.get(key) != there.get(key):
             raise UserError(
                 f"{setting}: {folder} does not fit the model: {key.removeprefix('model.')} is "
-                f"{there.get(key, 'absent')} there and {here.get(key, 'absent')} here; use the model settings it was "
-                "trained with (config.yaml beside it)"
+                f"{there.get(key, 'absent')} there and {here.get(key, 'absent')} here; use the model and "
+                "peft settings it was trained with (config.yaml beside it)"
             )
 
 

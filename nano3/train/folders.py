@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
+from nano3.cli import to_yaml
 from nano3.config import Config, UserError
-from nano3.parallel.mesh import Mesh
-from nano3.train import checkpoint
+from nano3.parallel.mesh import Mesh, first_says
+from nano3.train import locate, storage
 
 
 def make_folder(asked: str | None, name: str) -> Path:
@@ -27,12 +29,18 @@ def make_folder(asked: str | None, name: str) -> Path:
         folder = Path(f"runs/{name}-{n}")
 
 
-def check_save(config: Config, save: Path) -> None:
-    """Raise UserError where checkpoints cannot be written, or would take the place of what the run starts from."""
+def check_save(config: Config, save: Path, first: int) -> None:
+    """Raise UserError where checkpoints cannot be written, or would take the place of what the run starts from, or of
+    folders that are not ours."""
     base, setting = config.checkpoint.pretrained_checkpoint, "checkpoint.pretrained_checkpoint"
-    ours = base is not None and checkpoint.is_ours(base)
-    if ours and checkpoint.find(base, setting).parent.resolve() == save.resolve():
+    ours = base is not None and locate.is_ours(base)
+    if ours and locate.find(base, setting).parent.resolve() == save.resolve():
         raise UserError(f"checkpoint.save={save} holds the weights that {setting}={base} names; save elsewhere")
+    if theirs := [p for p in storage.iterations(save) if int(p.name[5:]) > first and storage.foreign(p)]:
+        raise UserError(
+            f"checkpoint.save={save} holds {theirs[0].name}, which nano3 did not write and a save may replace; save "
+            "elsewhere, or move it away"
+        )
     probe = save / f".probe.{os.getpid()}"
     try:
         save.mkdir(parents=True, exist_ok=True)
@@ -42,24 +50,62 @@ def check_save(config: Config, save: Path) -> None:
         raise UserError(f"checkpoint.save={save}: cannot be written to: {error}") from None
 
 
-def run_folders(config: Config, name: str, mesh: Mesh) -> tuple[Path, Path]:
+def run_folders(config: Config, name: str, mesh: Mesh, first: int = 0) -> tuple[Path, Path]:
     """Where a run writes, and where its checkpoints.  The first rank makes them and tells the others, who would find
-    them made and take them for an earlier run's."""
-    told: list[object] = [None]
-    if mesh.is_main:
+    them made and take them for an earlier run's.  first: steps done."""
+
+    def make() -> tuple[Path, Path]:
+        folder = make_folder(config.logger.run_dir, name)
+        save = Path(config.checkpoint.save or folder / "checkpoints")
+        if config.checkpoint.save_interval >= 0:
+            check_save(config, save, first)
+        settings = folder / "config.yaml"
+        temporary = settings.with_name(f".{settings.name}.{os.getpid()}.tmp")
         try:
-            folder = make_folder(config.logger.run_dir, name)
-            save = Path(config.checkpoint.save or folder / "checkpoints")
-            if config.checkpoint.save_interval >= 0:
-                check_save(config, save)
-            told = [(folder, save)]
-        except UserError as error:
-            told = [error]
-    if mesh.host is not None:
-        dist.broadcast_object_list(told, src=0, group=mesh.host)
-    if isinstance(told[0], UserError):
-        raise told[0]
-    return told[0]
+            temporary.write_text(to_yaml(config))
+            temporary.replace(settings)
+        except OSError as error:
+            raise UserError(f"logger.run_dir={folder}: cannot be written to: {error}") from None
+        return folder, save
+
+    return first_says(mesh, make)
+
+
+PATIENCE = 10.0  # seconds in which a job that is being replaced may end
+
+
+@contextlib.contextmanager
+def hold(save: Path, config: Config, mesh: Mesh) -> Iterator[None]:
+    """Keep other runs out of the folder of checkpoints: two that write the same names would make one of both.
+
+    The system frees the lock when its holder is gone, however it ended.  Raises UserError on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+        if config.checkpoint.save_interval >= 0:
+            first_says(mesh, lambda: stack.enter_context(_locked(save)))
+        yield
+
+
+@contextlib.contextmanager
+def _locked(save: Path) -> Iterator[None]:
+    with (save / ".lock").open("a") as file:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"checkpoint.save={save}: another run is saving there; wait for its end, or save elsewhere"
+                    ) from None
+                time.sleep(0.2)
+                continue
+            except (ImportError, OSError):  # no locks here
+                pass
+            break
+        yield
 
 
 def resume_command(config: Config, name: str, settings: Path, checkpoints: Path, world: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import shlex
@@ -14,18 +15,18 @@ import torch.distributed as dist
 
 from kernels._common import INTERPRET, triton
 from nano3 import adapters
-from nano3.cli import difference, to_yaml
+from nano3.cli import difference
 from nano3.config import Config, UserError
 from nano3.data.corpus import is_supervised, load_dataset, open_tokenizer
 from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.row import IGNORE
 from nano3.model.generate import generate
 from nano3.model.init import allocate, initialise, named_tensors
-from nano3.parallel.mesh import LostContact, Mesh, lost_contact
-from nano3.train import checkpoint, storage
+from nano3.parallel.mesh import LostContact, Mesh, first_says, lost_contact
+from nano3.train import checkpoint, locate, storage
 from nano3.train.answers import is_squad, score
 from nano3.train.checkpoint import Saver
-from nano3.train.folders import resume_command, run_folders
+from nano3.train.folders import hold, resume_command, run_folders
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
 from nano3.train.plan import (
@@ -55,7 +56,16 @@ class Trainer:
         check_kernels(config, mesh.device)
         micro = config.micro_batch(mesh.dp.size)
         self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
-        checkpoint.choose_tokenizer(config, self._resumable() or config.checkpoint.pretrained_checkpoint)
+        c, self.loaded = config.checkpoint, None
+        base = c.pretrained_checkpoint and locate.fixed(
+            c.pretrained_checkpoint, "checkpoint.pretrained_checkpoint", mesh
+        )
+        if (
+            load := first_says(mesh, self._resumable)
+        ) is not None:  # found and verified once, before anything takes memory
+            held = locate.open_verified(load, "checkpoint.load", mesh, c.resume_from_last_good)
+            self.loaded = held[0]
+        checkpoint.choose_tokenizer(config, str(self.loaded or base or "") or None)
         self.tokenizer = open_tokenizer(config)
         if (prompt := config.validation.sample_prompt) is not None and not self.tokenizer.encode(prompt):
             raise UserError(f"validation.sample_prompt={prompt!r} is empty; give a text, or leave it out")
@@ -67,21 +77,19 @@ class Trainer:
         model = checkpoint.build(config.model, config.recompute, mesh, parts, config.peft)
         self.model = allocate(model, mesh.device, dtype)
         self.progress = Progress()
-        self.loaded = self._resumable()
         self.recipe = None  # of the adapters, if that is what is trained
         if config.peft.adapts:
             initialise(self.model, config.model, config.rng.seed, adapters_only=True)
-        elif self.loaded is None and config.checkpoint.pretrained_checkpoint is None:
+        elif self.loaded is None and base is None:
             initialise(self.model, config.model, config.rng.seed)
         self.optimizer = AdamW(self.model, config.optimizer, config.parallel.grad_reduce_in_fp32, config.rng.seed)
         self.optimizer.communication_sms = config.parallel.communication_sms
         if config.peft.adapts:
             self.recipe, self.about_base = adapters.start(config, self.loaded, self.model, self.optimizer)
         if self.loaded is not None:
-            good = config.checkpoint.resume_from_last_good
-            self.progress = checkpoint.load(self.loaded, "checkpoint.load", self.model, self.optimizer, good)
-        elif self.recipe is None and (weights := config.checkpoint.pretrained_checkpoint) is not None:
-            checkpoint.load_weights(weights, "checkpoint.pretrained_checkpoint", self.model, self.optimizer)
+            self.progress = checkpoint.restore(*held, "checkpoint.load", self.model, self.optimizer)
+        elif self.recipe is None and base is not None:
+            checkpoint.load_weights(base, "checkpoint.pretrained_checkpoint", self.model, self.optimizer)
         pin = mesh.device.type == "cuda"
         self.batches = stream(self.data, "train", self.progress.samples, self.place, config.dataset.num_workers, pin)
         self.asked_to_stop = False  # this rank; all stop together at the end of a step that has heard of it
@@ -102,10 +110,12 @@ class Trainer:
                 f"checkpoint.load={self.loaded}: step {self.progress.iteration} of {total}: nothing is left to do; "
                 f"train on with train.train_iters={self.progress.iteration + total}"
             )
-        folder, self.save_to = run_folders(config, self.name, self.mesh)
-        log = Log(config, folder, total, self.mesh.is_main)
-        if self.mesh.is_main:
-            (folder / "config.yaml").write_text(to_yaml(config))
+        folder, self.save_to = run_folders(config, self.name, self.mesh, self.progress.iteration)
+        with hold(self.save_to, config, self.mesh):
+            return self._run(folder, Log(config, folder, total, self.mesh.is_main))
+
+    def _run(self, folder: Path, log: Log) -> int:
+        config, total = self.config, self.config.iterations
         recipe = {} if self.recipe is None else {checkpoint.RECIPE: self.recipe.to_json()}
         self.saver = Saver(self.save_to, config, self.mesh, recipe)
         self._introduce(log, folder)
@@ -133,6 +143,11 @@ class Trainer:
                 if v.eval_iters and (iteration == total or (v.eval_interval and iteration % v.eval_interval == 0)):
                     last_eval = self._evaluate(log)
             self.saver.wait()
+        except Exception as error:
+            if not isinstance(error, LostContact):  # this rank ends, and a save in the background needs all of them
+                with contextlib.suppress(Exception):
+                    self.saver.wait()
+            raise
         finally:
             for s, handler in handlers.items():
                 signal.signal(s, handler)
@@ -304,7 +319,7 @@ class Trainer:
             settings = folder / "config.yaml"
             log.say(f"  {resume_command(self.config, self.name, settings, self.save_to, self.mesh.world)}")
         if self.recipe is not None:
-            base = "" if checkpoint.is_ours(self.recipe.base) else f"--hf-model-path {self.recipe.base} "
+            base = "" if locate.is_ours(self.recipe.base) else f"--hf-model-path {self.recipe.base} "
             log.say(f"  python merge_lora.py {base}--lora-checkpoint {saved} --output {folder / 'merged'}")
         if is_supervised(self.config):
             row = self.data.row("train", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,14 @@ class Log:
         self.file = self.progress = self.board = self.wandb = None
         if not main:
             return
-        self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  (closed in close)
+        try:
+            self.file = os.open(path := folder / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            with path.open("rb") as f:
+                f.seek(max(0, f.seek(0, os.SEEK_END) - 1))
+                self.torn = f.read(1) not in (b"", b"\n")  # the last line, by a kill
+        except OSError as error:
+            raise UserError(f"logger.run_dir={folder}: metrics.jsonl cannot be written to: {error}") from None
+        self.lost = 0  # lines that could not be written
         if config.logger.tensorboard_dir:
             self.board = _tensorboard(config.logger.tensorboard_dir)
         if config.logger.wandb_project:
@@ -77,13 +85,29 @@ class Log:
     def record(self, kind: str, iteration: int, row: dict[str, Any]) -> None:
         if not self.main:
             return
-        self.file.write(json.dumps({"kind": kind, "iteration": iteration, "time": time.time(), **row}) + "\n")
+        self._write(json.dumps({"kind": kind, "iteration": iteration, "time": time.time(), **row}) + "\n")
         numbers = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
         if self.board is not None:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, iteration)
         if self.wandb is not None:
             self.wandb.log(numbers, step=iteration)
+
+    def _write(self, line: str) -> None:
+        """A log that cannot be written is no reason to end a run: checkpoints may lie on another disk."""
+        try:
+            raw = b"\n" * self.torn + line.encode()
+            written = os.write(self.file, raw)
+            self.torn = written < len(raw)
+            if self.torn:
+                raise OSError("the disk took a part of a line")
+            if self.lost:
+                self.say(f"metrics.jsonl can be written to again; {self.lost} lines are missing")
+            self.lost = 0
+        except OSError as error:
+            if not self.lost:
+                self.say(f"warning: metrics.jsonl cannot be written to: {error}; training goes on")
+            self.lost += 1
 
     def close(self) -> None:
         if self.progress is not None:
@@ -94,7 +118,7 @@ class Log:
         if self.wandb is not None:
             self.wandb.finish()
         if self.file is not None:
-            self.file.close()
+            os.close(self.file)
 
 
 def clock(seconds: float) -> str:

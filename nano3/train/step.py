@@ -21,6 +21,7 @@ from kernels.cross_entropy import IGNORE, linear_cross_entropy
 from kernels.gradient_sink import sink_of
 from nano3.config import Config
 from nano3.data.loader import Batch
+from nano3.model.lora import balances
 from nano3.model.model import Nano3
 from nano3.model.moe import update_selection_bias
 from nano3.parallel.collectives import all_stack, all_sum, gather_sequence
@@ -112,7 +113,7 @@ def _counts(batches: list[Batch], device: torch.device) -> tuple[list[Tensor], T
 
 
 def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh, fine: Tensor) -> Tensor:
-    """Move the selection biases by the whole step's counts, unless it is not fine or the routers are frozen.  Returns
+    """Move the selection biases by the whole step's counts, unless it is not fine or they are frozen.  Returns
     each layer's max over mean load, on every rank."""
     c = model.config
     at = {str(i): n for n, i in enumerate(i for i, x in enumerate(c.hybrid_override_pattern) if x == "E")}
@@ -122,7 +123,7 @@ def _balance_experts(model: Nano3, counts: list[Tensor], mesh: Mesh, fine: Tenso
     if counts:
         total = all_sum(torch.cat(counts), mesh.block.group)
         for (layer, router), counts_E in zip(model.routers.items(), total, strict=True):
-            if not model.peft.router_frozen:
+            if balances(layer, model.peft):
                 bias_E = router.e_score_correction_bias
                 update_selection_bias(bias_E, counts_E * fine, c.moe_router_bias_update_rate)  # equal counts: no move
             loads[at[layer]] = counts_E.amax() / counts_E.double().mean()

@@ -178,6 +178,11 @@ def manifest_of(progress: Progress, written: dict[str, tuple[FileRecord, Sequenc
     return manifest
 
 
+def foreign(folder: Path) -> bool:
+    """Whether another program made what has a checkpoint's name; one of ours may be damaged."""
+    return folder.exists() and not any((folder / name).exists() for name in (MANIFEST, "config.yaml"))
+
+
 def temporary_folder(final: Path) -> Path:
     """Where a checkpoint is written before it has its name; nothing takes it for one."""
     return final.with_name(f".incomplete_{final.name}")
@@ -192,8 +197,10 @@ def commit(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Make a checkpoint of the finished files in `temporary`, and point to it.
 
     Killed at any moment, `find` has the older one or this one.  The manifest lists the small files beside the tensors
-    as well.
+    as well.  Raises FileExistsError if something that is no checkpoint of ours has the name.
     """
+    if foreign(final):
+        raise FileExistsError(f"{final} is there and is not nano3's; move it away")
     for path in sorted(temporary.rglob("*")):
         name = path.relative_to(temporary).as_posix()
         if path.is_file() and name not in manifest.files and name != MANIFEST:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from nano3.parallel.mesh import ALONE
-from nano3.train import checkpoint, storage
+from nano3.train import checkpoint, locate, storage
 from nano3.train.checkpoint import Saver
 from nano3.train.loop import Trainer
 from nano3.train.storage import NEXT
@@ -70,7 +70,7 @@ def kill_often(folder: Path, count: int, overrides: tuple[str, ...], seed: int =
             storage.verify(one, storage.read_manifest(one, "test"), "test")
         if reached or names:
             newest = names[-1]
-            assert checkpoint.find(checkpoints, "test") == newest
+            assert locate.find(checkpoints, "test") == newest
             assert int(newest.name[5:]) >= reached
             assert checkpoint.load(str(checkpoints), "test", alone.model, alone.optimizer).iteration == int(
                 newest.name[5:]

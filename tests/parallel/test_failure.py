@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano3.train import checkpoint
+from nano3.train import checkpoint, locate
 from tests.conftest import ROOT
 from tests.train.small import SHRINK
 
@@ -61,6 +61,6 @@ def test_killing_a_rank_ends_the_job(tmp_path: Path, layout: list[str]) -> None:
     root = errors[errors.index("Root Cause") :]
     assert "rank      : 2" in root
     assert "SIGKILL" in root
-    folder = checkpoint.find(tmp_path, "test")
+    folder = locate.find(tmp_path, "test")
     assert checkpoint.read_manifest(folder, "test").progress.iteration % 5 == 0
     checkpoint.load_model(str(folder), "test", torch.device("cpu"))

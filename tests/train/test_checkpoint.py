@@ -18,7 +18,7 @@ from nano3.cli import parser, resolve, to_yaml
 from nano3.config import UserError
 from nano3.model.init import named_tensors
 from nano3.parallel.mesh import ALONE
-from nano3.train import checkpoint
+from nano3.train import checkpoint, locate
 from nano3.train.checkpoint import Saver
 from nano3.train.folders import resume_command
 from nano3.train.storage import FORMAT, POINTER, Progress, digest, read_manifest, verify
@@ -70,7 +70,7 @@ def test_a_kill_while_saving_leaves_only_whole_checkpoints(tmp_path: Path) -> No
             verify(one_of_them, read_manifest(one_of_them, "test"), "test")
         if done:
             newest = max(done, key=lambda p: (p / "manifest.json").stat().st_mtime_ns)
-            found = checkpoint.find(folder, "test")
+            found = locate.find(folder, "test")
             assert found == newest
             assert checkpoint.load(str(folder), "test", t.model, t.optimizer).iteration == int(newest.name[5:])
         seen.add((len(done), (folder / f".incomplete_iter_{first:07d}").exists()))
@@ -93,7 +93,7 @@ def test_a_disk_that_is_full_is_reported_and_harms_nothing(tmp_path: Path) -> No
 
     _, status = os.waitpid(in_child(work), 0)
     assert status == 0
-    assert checkpoint.find(tmp_path, "test").name == "iter_0000001"
+    assert locate.find(tmp_path, "test").name == "iter_0000001"
     assert before == digest(tmp_path / "iter_0000001" / "rank-00000.safetensors")
     assert not (tmp_path / "iter_0000002").exists()
 
@@ -140,6 +140,12 @@ def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / POINTER).read_text() == "11"
 
 
+def test_an_interval_alone_keeps_its_multiples_and_the_newest(tmp_path: Path) -> None:
+    every = ["checkpoint.save_interval=1", "checkpoint.save_retain_interval=2"]
+    trainer(f"logger.run_dir={tmp_path}", "train.train_iters=5", *every).run()
+    assert [int(p.name[5:]) for p in sorted((tmp_path / "checkpoints").glob("iter_*"))] == [2, 4, 5]
+
+
 def test_a_bad_place_for_checkpoints_is_refused_before_the_first_step(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -167,7 +173,7 @@ def test_a_failed_evaluation_loses_no_step(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="out of memory"):
         t.run()
     t.saver.wait()
-    assert checkpoint.find(tmp_path, "test").name == f"iter_{t.config.iterations:07d}"
+    assert locate.find(tmp_path, "test").name == f"iter_{t.config.iterations:07d}"
 
 
 @pytest.mark.parametrize(("world", "here"), [(1, 1), (4, 4), (16, 8)])
@@ -278,7 +284,7 @@ def test_a_run_ends_by_itself_after_its_time(tmp_path: Path) -> None:
     t = trainer(f"logger.run_dir={tmp_path}", "train.train_iters=100000", "train.exit_duration_in_mins=0.02")
     assert t.run() == 0
     assert 0 < t.progress.iteration < 100000
-    assert checkpoint.find(tmp_path, "test").name == f"iter_{t.progress.iteration:07d}"
+    assert locate.find(tmp_path, "test").name == f"iter_{t.progress.iteration:07d}"
 
 
 def test_a_background_save_holds_the_state_of_its_step(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from nano3.config import KINDS, UserError
 from nano3.data.loader import Batch, Place, micro_batches
 from nano3.model.init import named_tensors
 from nano3.model.moe import sequence_balance_loss
-from nano3.train import checkpoint
+from nano3.train import checkpoint, locate
 from nano3.train.step import TrainingError, training_step
 from nano3.train.storage import FileRecord, read_manifest
 from tests.conftest import ROOT
+from tests.oracles import hf_model
 from tests.train.small import ALONE, SHRINK, trainer
 
 
@@ -90,6 +91,15 @@ def test_selection_bias_moves_once_per_step_by_the_counts_of_the_whole_step() ->
     training_step(t.model, t.optimizer, batches(t), t.config, ALONE, 0.0, False)
     expected = 0.25 * torch.sign(counts.double().mean() - counts)
     assert torch.equal(t.model.routers["1"].e_score_correction_bias, expected.float())
+
+
+def test_a_frozen_layer_keeps_its_selection_bias() -> None:
+    """No gradient moves it, but every step would."""
+    t, free = trainer("peft.freeze=['layers.*']"), trainer("peft.freeze=['layers.1.mixer.gate.weight']")
+    for one in (t, free):
+        one._step()
+    biases = [next(iter(one.model.routers.values())).e_score_correction_bias for one in (t, free)]
+    assert biases[0].count_nonzero() == 0 < biases[1].count_nonzero()
 
 
 def test_balance_loss_is_one_at_perfect_balance_and_its_gradient_flows_through_scores() -> None:
@@ -218,8 +228,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, damage: str) ->
 
 def test_a_checkpoint_of_another_geometry_is_refused(tmp_path: Path) -> None:
     trainer(f"logger.run_dir={tmp_path}", "train.train_iters=3").run()
-    with pytest.raises(UserError, match="does not fit the model"):
+    with pytest.raises(UserError, match=r"iter_0000003 has another geometry than .* add model.head_dim=8$"):
         trainer(f"checkpoint.load={tmp_path}", "model.head_dim=16")
+    # what no shape shows: another number of heads in the same width, experts per token, a clamp
+    other = ["model.mamba_num_heads=8", "model.mamba_head_dim=4", "model.num_experts_per_tok=3"]
+    other += ["model.time_step_limit=[0.01,1.0]"]
+    said = r"add model.mamba_num_heads=4 model.mamba_head_dim=8 model.time_step_limit=\[0.0,.inf\] .*per_tok=2$"
+    for setting in ("load", "pretrained_checkpoint"):
+        with pytest.raises(UserError, match=said):
+            trainer(f"checkpoint.{setting}={tmp_path}", *other)
+    theirs = hf_model(trainer().config.model)
+    theirs.save_pretrained(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"/hf has another geometry.* add model.num_experts_per_tok=2$"):
+        trainer(f"checkpoint.pretrained_checkpoint={tmp_path}/hf", "model.num_experts_per_tok=3")
 
 
 def corrupted(tmp_path: Path) -> Path:
@@ -308,4 +329,4 @@ def test_asked_to_stop_it_saves_and_ends_cleanly(tmp_path: Path, sig: signal.Sig
     assert "stopped at step" in rest
     resume = next(line for line in rest.splitlines() if "checkpoint.load=" in line)
     assert "train.py" in resume
-    assert checkpoint.find(tmp_path, "test").name.startswith("iter_")
+    assert locate.find(tmp_path, "test").name.startswith("iter_")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nano3.config import UserError
-from nano3.train import checkpoint, storage
+from nano3.train import checkpoint, locate, storage
 from nano3.train.storage import POINTER, Item, Progress, manifest_of, read_manifest, temporary_folder, write_file
 from tests.train.small import small, trainer
 
@@ -31,7 +31,7 @@ def make(folder: Path, iteration: int, value: float = 0.0) -> Path:
 
 def value_of(folder: Path) -> float:
     """What is in the checkpoint that `find` chooses, which must be whole."""
-    found = checkpoint.find(folder, "test")
+    found = locate.find(folder, "test")
     manifest = read_manifest(found, "test")
     storage.verify(found, manifest, "test")
     return storage.Container(found, manifest).read("model.x")[0].item()
@@ -112,7 +112,7 @@ def test_iterations_are_numbers_not_words(tmp_path: Path) -> None:
     (tmp_path / "iter_x").mkdir()
     (tmp_path / POINTER).unlink()
     assert value_of(tmp_path) == 1e7
-    assert checkpoint.last_good(tmp_path).name == "iter_10000000"
+    assert locate.last_good(tmp_path).name == "iter_10000000"
 
 
 def test_what_retention_deletes_is_no_checkpoint_from_the_first_moment(
@@ -155,7 +155,7 @@ def test_leftovers_of_killed_saves_go_and_a_killed_import_stays(tmp_path: Path) 
 def test_a_flipped_bit_anywhere_is_found(tmp_path: Path, file: str) -> None:
     """In the manifest a digit more or less can move a tensor, or the iteration; in config.yaml it is another model."""
     trainer(f"logger.run_dir={tmp_path}", "train.train_iters=1").run()
-    folder = checkpoint.find(tmp_path, "test")
+    folder = locate.find(tmp_path, "test")
     original = read_manifest(folder, "test")
     data, r = (folder / file).read_bytes(), random.Random(0)
     for _ in range(150):
@@ -163,7 +163,7 @@ def test_a_flipped_bit_anywhere_is_found(tmp_path: Path, file: str) -> None:
         damaged[r.randrange(len(data))] ^= 1 << r.randrange(8)
         (folder / file).write_bytes(damaged)
         try:
-            found, manifest = checkpoint.open_verified(folder, "test")
+            found, manifest = locate.open_verified(folder, "test")
         except UserError:
             continue
         assert file == "manifest.json"  # white space between two values
@@ -175,7 +175,7 @@ def test_a_pointer_that_is_damaged_is_named(tmp_path: Path) -> None:
     for text in (b"\xb3", b"", b"7", "٣".encode(), b"9" * 5000):
         (tmp_path / POINTER).write_bytes(text)
         with pytest.raises(UserError, match="last good one is iteration 3"):
-            checkpoint.find(tmp_path, "test")
+            locate.find(tmp_path, "test")
 
 
 def test_a_job_that_is_killed_while_it_replaces_its_only_checkpoint_does_not_start_anew(tmp_path: Path) -> None:
