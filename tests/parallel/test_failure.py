@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nano3.train import checkpoint, locate
+from nano3.train import checkpoint, locate, storage
 from tests.conftest import ROOT
 from tests.train.small import SHRINK
 
@@ -62,5 +62,5 @@ def test_killing_a_rank_ends_the_job(tmp_path: Path, layout: list[str]) -> None:
     assert "rank      : 2" in root
     assert "SIGKILL" in root
     folder = locate.find(tmp_path, "test")
-    assert checkpoint.read_manifest(folder, "test").progress.iteration % 5 == 0
+    assert storage.read_manifest(folder, "test").progress.iteration % 5 == 0
     checkpoint.load_model(str(folder), "test", torch.device("cpu"))
