@@ -368,7 +368,7 @@ class CheckpointConfig:
     save_interval: int = 200  # iterations; 0 saves at the end only, -1 not even then
     async_save: bool = True  # write while training goes on
     most_recent_k: int = -1  # checkpoints to keep; -1 keeps all
-    save_retain_interval: int | None = None  # keep those at multiples of this number of iterations as well
+    save_retain_interval: int | None = None  # keep those at multiples of it as well; alone: those and the newest
 
 
 ADAPTER_SETTINGS = ("target_modules", "exclude_modules", "rank", "alpha", "rslora", "experts", "base_dtype")
