@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels import long
+
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)  # the tensors are small; threads that wait for each other make a busy machine crawl
@@ -27,6 +29,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if not session.config.option.collectonly:
+        long.begin_with(session.items)
+
+
+def pytest_sessionfinish() -> None:
+    long.end()
 
 
 @pytest.fixture

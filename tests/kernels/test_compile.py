@@ -6,14 +6,10 @@ is slower, not wrong); but no compiler may refuse or abort, and every kernel mus
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from kernels._common import INTERPRET, triton
-from tests.conftest import ROOT
 
 if triton is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -22,7 +18,7 @@ if INTERPRET:
 
 from kernels import grouped_gemm_configs
 from kernels.grouped_gemm_configs import Config
-from tests.kernels import compile_probes
+from tests.kernels import compile_probes, long
 from tests.kernels.compile_cases import expert_tables
 from tests.kernels.compile_driver import ARCHITECTURES, Built
 from tests.kernels.compile_only import faults, not_launched
@@ -32,12 +28,9 @@ PROBES = {job.case for job in compile_probes.jobs()}
 
 @pytest.fixture(scope="module")
 def compiled() -> list[Built]:
-    """Built in a process of its own: this one may hold a real driver."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.compile_only", "--json", "--probes"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [Built(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
+    ((status, printed),) = long.results("test_compile.py")
+    assert status == 0, printed[-4000:]
+    return [Built(**json.loads(line)) for line in printed.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
