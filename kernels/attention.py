@@ -114,6 +114,20 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None, backend: st
     return "triton"
 
 
+def _check(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> None:
+    shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+        raise ValueError(f"attention: {shapes}; they do not fit (B, Sq, Hq, d), (B, Skv, Hkv, d), (B, Skv, Hkv, d)")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"attention: {shapes}; the {q.shape[1]} queries must be the last of at least as many keys")
+    if seq_idx is not None and q.shape[1] != k.shape[1]:
+        raise ValueError("attention: seq_idx needs as many queries as keys")
+    if seq_idx is not None and seq_idx.shape != q.shape[:2]:
+        raise ValueError(f"attention: seq_idx is {tuple(seq_idx.shape)}; q {tuple(q.shape)} needs {tuple(q.shape[:2])}")
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, backend: str = "auto") -> Tensor:
     """q: (B, Sq, Hq, d); k, v: (B, Skv, Hkv, d); returns (B, Sq, Hq, d) in q's dtype.
 
@@ -122,12 +136,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, ba
     in fp32.  Gradients for q, k and v are sums in a fixed order: two runs agree to the bit.
     backend: "triton" is our kernels, "torch" PyTorch's scaled_dot_product_attention (cuDNN first), "auto" the faster
     of the two.  What ours do not cover (d > 128, rows that are no multiple of 16 bytes, float64) runs in PyTorch.
-    Raises ValueError if Hq is not a multiple of Hkv, seq_idx comes with a cache, or the backend is unknown.
+    Raises ValueError on shapes that do not fit, seq_idx with a cache, or an unknown backend.
     """
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads")
-    if seq_idx is not None and q.shape[1] != k.shape[1]:
-        raise ValueError("attention: seq_idx needs as many queries as keys")
+    _check(q, k, v, seq_idx)
     if _chosen(q, k, v, seq_idx, backend) == "torch":
         return _torch_attention(q, k, v, seq_idx)
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))

@@ -121,8 +121,14 @@ def balance_sums(
     """scores: (B, S, E) fp32, not negative; real: (B, S) bool, False for a token that does not count.
 
     Returns counts and sums, (B, E) each, in scores' dtype.  Differentiable once, through sums only.  Among equal scores
-    the kernel takes the lower expert, PyTorch any.  Raises ValueError as `use_triton` does.
+    the kernel takes the lower expert, PyTorch any.  Raises ValueError on shapes or a top_k that do not fit, and as
+    `use_triton` does.
     """
+    if scores.ndim != 3 or (real is not None and real.shape != scores.shape[:2]):
+        given = "" if real is None else f" and real {tuple(real.shape)}"
+        raise ValueError(f"balance_sums: scores {tuple(scores.shape)}{given} do not fit (B, S, E), (B, S)")
+    if not 0 < top_k <= scores.shape[2]:
+        raise ValueError(f"balance_sums: top_k={top_k} does not fit {scores.shape[2]} experts; give 1 to that number")
     if not use_triton(scores, backend) or scores.dtype != torch.float32 or scores.numel() == 0:
         return balance_sums_reference(scores, top_k, real)
     return _BalanceSums.apply(scores.contiguous(), top_k, None if real is None else real.contiguous())

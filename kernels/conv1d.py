@@ -457,9 +457,15 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of decoding.  x: (B, C); window: (B, >= W, C), the last inputs, newest last.
 
-    Returns y (B, C) and the window moved on by one token, a new tensor of the same length.  Raises ValueError on a
-    window too short.  Where gradients are wanted it runs in PyTorch; the kernel has no backward.
+    Returns y (B, C) and the window moved on by one token, a new tensor of the same length.  Raises ValueError on shapes
+    that do not fit and a window too short.  Where gradients are wanted it runs in PyTorch; the kernel has no backward.
     """
+    fits = window.ndim == 3 and weight.ndim == 2 and window.shape[::2] == x.shape and weight.shape[0] == x.shape[-1]
+    if not fits or (bias is not None and bias.shape != x.shape[-1:]):
+        raise ValueError(
+            f"causal_conv1d_step: x {tuple(x.shape)}, window {tuple(window.shape)}, weight {tuple(weight.shape)} and "
+            f"bias {None if bias is None else tuple(bias.shape)} do not fit (B, C), (B, >= W, C), (C, W), (C,)"
+        )
     if window.shape[1] < weight.shape[1]:
         raise ValueError(
             f"causal_conv1d_step: the window keeps {window.shape[1]} inputs; a width of {weight.shape[1]} needs as many"
@@ -467,9 +473,4 @@ def causal_conv1d_step(
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, window, weight, bias))
     if not use_triton(x, backend) or wants_grad or window.dtype != x.dtype or x.numel() == 0:
         return causal_conv1d_step_reference(x, window, weight, bias)
-    if window.shape[::2] != x.shape or weight.shape[0] != x.shape[1]:
-        raise ValueError(
-            f"causal_conv1d_step: x {tuple(x.shape)}, window {tuple(window.shape)} and weight {tuple(weight.shape)} "
-            "do not fit (B, C), (B, >= W, C), (C, W)"
-        )
     return _step(_channel_last(x), _channel_last(window), weight, None if bias is None else bias.contiguous())

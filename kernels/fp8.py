@@ -75,7 +75,13 @@ def _expand_kernel(codes_ptr, scales_ptr, out_ptr, rows, width, blocks, ROWS: tl
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
     """codes (..., in), scales of `scale_shape`, both contiguous -> (..., in), exact in bf16, fp32 and float64 (as long
-    as the dtype reaches so far down).  Not differentiable.  Raises ValueError as `use_triton` does."""
+    as the dtype reaches so far down).  Not differentiable.  Raises ValueError on scales that do not fit, and as
+    `use_triton` does."""
+    if scales.shape != scale_shape(codes.shape):
+        raise ValueError(
+            f"dequantise: scales {tuple(scales.shape)} do not fit codes {tuple(codes.shape)}; they need "
+            f"{tuple(scale_shape(codes.shape))}"
+        )
     if dtype == torch.float64 or not use_triton(codes, backend) or codes.numel() == 0:
         return dequantise_reference(codes, scales, dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
