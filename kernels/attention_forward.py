@@ -177,12 +177,12 @@ def _decode_kernel(
     d = tl.arange(0, WIDTH)
     head = kv_head * GROUP + r
     q = tl.load(
-        q_ptr + b * q_batch + head[:, None] * q_head + d[None, :],
+        q_ptr + b * q_batch + head[:, None].to(tl.int64) * q_head + d[None, :],
         mask=(r[:, None] < GROUP) & (d[None, :] < D),
         other=0.0,
     )
-    k_ptr += b * k_batch + kv_head * k_head
-    v_ptr += b * v_batch + kv_head * v_head
+    k_ptr += b * k_batch + kv_head.to(tl.int64) * k_head
+    v_ptr += b * v_batch + kv_head.to(tl.int64) * v_head
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)

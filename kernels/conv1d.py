@@ -414,7 +414,7 @@ def _step_kernel(
     rows = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     x = tl.load(x_ptr + batch * x_batch + cols, mask=live, other=0.0)
     older = tl.load(
-        window_ptr + batch * window_batch + (rows + 1) * window_row + cols[None, :],
+        window_ptr + batch * window_batch + (rows + 1).to(tl.int64) * window_row + cols[None, :],
         mask=live[None, :] & (rows < K - 1),
         other=0.0,
     )  # [ROWS, BLOCK]

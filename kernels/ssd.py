@@ -126,8 +126,11 @@ def ssd_reference(
 
 
 def _aligned(t: Tensor | None) -> Tensor | None:
-    """What the kernels can read: any strides but the last, which must be 1."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+    """What the kernels can read: any strides but the last, which must be 1, and the second.
+
+    From a chunk's first token to the others they count in 32 bits, for want of registers: 128 tokens at most.
+    """
+    return t if t is None or (t.stride(-1) == 1 and t.stride(1) < 2**24) else t.contiguous()
 
 
 def forward(

@@ -65,7 +65,7 @@ def _load_head(
         tile = desc.load([b, start, h, 0]).reshape([R, BLOCK_P])
     else:
         r = tl.arange(0, R)
-        tile = load_rows(ptr + h * head_stride, start, token_stride, S, r, tl.arange(0, BLOCK_P), P)
+        tile = load_rows(ptr + h.to(tl.int64) * head_stride, start, token_stride, S, r, tl.arange(0, BLOCK_P), P)
     return tile
 
 
@@ -310,8 +310,8 @@ def _dx_kernel(
     b = row.to(tl.int64)
     x = x_ptr + b * x_batch
     dy = dy_ptr + b * S * H * P
-    B = B_ptr + b * B_batch + g * B_group
-    C = C_ptr + b * C_batch + g * C_group
+    B = B_ptr + b * B_batch + g.to(tl.int64) * B_group
+    C = C_ptr + b * C_batch + g.to(tl.int64) * C_group
     dx = dx_ptr + b * dx_batch
     group = (item * (H // SHARE) + g).to(tl.int64)
     dCB = dCB_ptr + group * (4 * R * R)

@@ -66,7 +66,7 @@ def _dBC_block(
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
         scale = tl.load(vectors_ptr + vector * (KINDS * Q) + (weight * Q + half) + r)
-        value = load_rows(value_ptr + h * value_head, start, value_token, S, r, p, P)
+        value = load_rows(value_ptr + h.to(tl.int64) * value_head, start, value_token, S, r, p, P)
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
         part = tl.dot(value, state, input_precision="ieee") * scale[:, None]  # [R, P] @ [P, N]
         out += part
@@ -126,8 +126,8 @@ def _dBC_kernel(
     b = row.to(tl.int64)
     x = x_ptr + b * x_batch
     dy = dy_ptr + b * S * H * P
-    B = B_ptr + b * B_batch + g * B_group
-    C = C_ptr + b * C_batch + g * C_group
+    B = B_ptr + b * B_batch + g.to(tl.int64) * B_group
+    C = C_ptr + b * C_batch + g.to(tl.int64) * C_group
     dB = dB_ptr + b * out_batch
     dC = dC_ptr + b * out_batch
     dCB = dCB_ptr + (item * groups + g).to(tl.int64) * (4 * R * R)
