@@ -302,9 +302,10 @@ def _dx_kernel(
     x, B, C strided; dy (B, S, H, P) contiguous; dx with batch and token strides; dCB (B, chunks, G, Q, Q), [.., j, i],
     blocks i >= j only; own (B, chunks, G, Q): B_j . C_j.
     """
-    role = tl.program_id(0) % 3
-    g = tl.program_id(0) // 3
-    item = tl.program_id(1)
+    pid = tl.program_id(0) % (3 * (H // SHARE))
+    item = tl.program_id(0) // (3 * (H // SHARE))
+    role = pid % 3
+    g = pid // 3
     row = item // n_chunks
     chunk = item % n_chunks
     b = row.to(tl.int64)
@@ -375,7 +376,7 @@ def dx_and_dCB(
         block = [1, tiles.R, 1, tiles.P]
         descriptors = [descriptor(t, block) for t in (x, dy)]
         descriptors.append(descriptor(dstates.view(-1, tiles.N), [tiles.P, tiles.N]))
-    _dx_kernel[(3 * G, Bt * n_chunks)](
+    _dx_kernel[(3 * G * Bt * n_chunks,)](
         x, descriptors[0], dy, descriptors[1], B, C, D, steps.vectors, dstates, descriptors[2], dx, dCB, own, flows,
         x if seq_idx is None else seq_idx, S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),

@@ -117,9 +117,10 @@ def _dBC_kernel(
 
     dB, dC (B, S, G, N) with batch and token strides, the same for both, a token's groups side by side.
     """
-    role = tl.program_id(0) % 4
-    g = tl.program_id(0) // 4
-    item = tl.program_id(1)
+    pid = tl.program_id(0) % (4 * (H // SHARE))
+    item = tl.program_id(0) // (4 * (H // SHARE))
+    role = pid % 4
+    g = pid // 4
     row = item // n_chunks
     chunk = item % n_chunks
     groups = H // SHARE
@@ -175,7 +176,7 @@ def dB_and_dC(
     assert dB.stride() == dC.stride()
     assert dB.stride()[2:] == (N, 1)
     n_chunks = triton.cdiv(S, tiles.Q)
-    _dBC_kernel[(4 * G, Bt * n_chunks)](
+    _dBC_kernel[(4 * G * Bt * n_chunks,)](
         x, dy, B, C, steps.vectors, states, dstates, dCB, dB, dC, flows,
         S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),

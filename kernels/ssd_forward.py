@@ -143,9 +143,10 @@ def _scan_kernel(
     STAGES: tl.constexpr,
 ):
     """One program: one block of R tokens, HEADS heads of one group.  y (B, S, H, P) contiguous, the rest strided."""
-    second = tl.program_id(0) % 2
-    h0 = (tl.program_id(0) // 2) * HEADS
-    item = tl.program_id(1)
+    pid = tl.program_id(0) % (2 * (H // HEADS))
+    item = tl.program_id(0) // (2 * (H // HEADS))
+    second = pid % 2
+    h0 = (pid // 2) * HEADS
     row = item // n_chunks
     chunk = item % n_chunks
     g = h0 // share
@@ -174,7 +175,7 @@ def scan(
     n_chunks, share = triton.cdiv(S, tiles.Q), H // G
     heads = max(k for k in range(1, min(share, 8) + 1) if share % k == 0)
     y = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
-    _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
+    _scan_kernel[(2 * (H // heads) * Bt * n_chunks,)](
         x, B, C, D, steps.vectors, states, y, x if seq_idx is None else seq_idx,
         S, H, n_chunks, share,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
