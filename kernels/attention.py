@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels._descriptors import describable
+    from kernels._descriptors import readable
     from kernels.attention_backward import launch_key, launch_query
     from kernels.attention_forward import launch_decode, launch_forward
 
@@ -92,7 +92,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, seq_idx, start = ctx.saved_tensors
-        do = do if describable(do) else do.contiguous()
+        do = readable(do)
         dq, delta = launch_query(q, k, v, o, do, lse, start)
         stop = None if seq_idx is None else document_stops(seq_idx)
         dk, dv = launch_key(q, k, v, do, lse, delta, stop)
@@ -145,5 +145,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, ba
     if q.shape[1] == 1 and not wants_gradient:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         return launch_decode(q, k, v)
-    q, k, v = (t if describable(t) else t.contiguous() for t in (q, k, v))
+    q, k, v = map(readable, (q, k, v))
     return _Attention.apply(q, k, v, None if seq_idx is None else seq_idx.contiguous())
