@@ -74,7 +74,7 @@ def _expand_kernel(codes_ptr, scales_ptr, out_ptr, rows, width, blocks, ROWS: tl
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """codes (..., in), scales of `scale_shape`, both contiguous -> (..., in), exact in bf16, fp32 and float64 (as long
+    """codes (..., in), scales of `scale_shape` -> (..., in), contiguous; exact in bf16, fp32 and float64 (as long
     as the dtype reaches so far down).  Not differentiable.  Raises ValueError on scales that do not fit, and as
     `use_triton` does."""
     if scales.shape != scale_shape(codes.shape):
@@ -88,8 +88,10 @@ def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str =
     width, blocks = codes.shape[-1], scales.shape[-1]
     rows = codes.numel() // width
     grid = (triton.cdiv(rows, ROWS) * blocks,)
-    as_bytes = codes.view(torch.uint8)
-    _expand_kernel[grid](as_bytes, scales, out, rows, width, blocks, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS)
+    as_bytes = codes.contiguous().view(torch.uint8)
+    _expand_kernel[grid](
+        as_bytes, scales.contiguous(), out, rows, width, blocks, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS
+    )
     return out
 
 

@@ -273,7 +273,8 @@ def ssd(
         raise ValueError(f"ssd: seq_idx is {tuple(seq_idx.shape)}; x {tuple(x.shape)} needs {tuple(x.shape[:2])}")
     if x.shape[1] == 0:
         raise ValueError("ssd: the sequence is empty")
-    if use_triton(x, backend) and x.dtype == B.dtype == C.dtype and state_fits(x, x.shape[3], B.shape[3]):
+    able = use_triton(x, backend) and x.dtype == B.dtype == C.dtype and x.numel() > 0
+    if able and state_fits(x, x.shape[3], B.shape[3]):
         A, D, dt_bias = (t.contiguous() for t in (A, D, dt_bias))
         return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, initial_state)
     return ssd_reference(x, dt, A, B, C, D, dt_bias, chunk, dt_limit, seq_idx, initial_state)
