@@ -76,7 +76,7 @@ def _sum_kernel(partial_ptr, out_ptr, P, N, ROWS: tl.constexpr, BLOCK: tl.conste
     total = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in tl.range(0, P, ROWS):
         rows = first + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partial_ptr + rows * N + cols, mask=(rows < P) & (cols < N), other=0.0)
+        total += tl.load(partial_ptr + rows.to(tl.int64) * N + cols, mask=(rows < P) & (cols < N), other=0.0)
     tl.store(out_ptr + cols, tl.sum(total, axis=0, keep_dims=True), mask=cols < N)
 
 

@@ -10,9 +10,18 @@ _thread = threading.local()
 
 
 def describable(t: Tensor) -> bool:
-    """Whether the copy engine can read t: unit last stride, address and all other strides in multiples of 16 bytes."""
+    """Whether the copy engine can read t: unit last stride, address and all other strides in multiples of 16 bytes.
+
+    It refuses a stride of 0, that of an expanded tensor.  Along a dimension of length 1 nobody steps: any will do.
+    """
     size = t.element_size()
-    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in t.stride()[:-1])
+    steps = [n * size for n, length in zip(t.stride()[:-1], t.shape[:-1], strict=True) if length != 1]
+    return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in steps)
+
+
+def readable(t: Tensor) -> Tensor:
+    """t itself if it is describable, else a copy: contiguous() would give back what only begins at a wrong address."""
+    return t if describable(t) else t.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(
@@ -21,7 +30,11 @@ def descriptor(
     """A descriptor of blocks of t, or of the tensor of that shape and those strides (in elements) at t's address."""
     if t.is_cuda:
         _attach(t.device.index)
-    return TensorDescriptor(t, list(t.shape) if shape is None else shape, strides or list(t.stride()), block)
+    if strides is None:  # the engine checks even the stride of a dimension of length 1, which may be anything
+        legal = 128 * t.shape[-1] * t.shape[-2]
+        strides = [legal if n == 1 else stride for n, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True)]
+        strides.append(t.stride(-1))
+    return TensorDescriptor(t, list(t.shape) if shape is None else shape, strides, block)
 
 
 def _attach(device: int) -> None:

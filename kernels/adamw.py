@@ -263,6 +263,34 @@ def _adamw_kernel(
         tl.store(second_ptr + here, _narrow(v, more & 0xFFFF, second_ptr), mask=mask)
 
 
+def _check(weight: Tensor, gradient: Tensor, first: Moment, second: Moment, clip: Tensor, block: int) -> bool:
+    """Whether the moments are codes.  A training step comes here once a tensor: what fits is told quickly."""
+    if block not in (1, 2, 4, 8, 16, 32, 64, 128):
+        raise ValueError(f"adamw: block={block} does not fit; give a power of two of at most 128")
+    if weight.ndim != 2 or clip.numel() != 1:
+        raise ValueError(f"adamw: weight {tuple(weight.shape)} with clip {tuple(clip.shape)} does not fit (R, W), (1,)")
+    R, W = weight.shape
+    per_row, codes = -(-W // block), first.scale is not None
+    if codes != (second.scale is not None):
+        raise ValueError("adamw: a moment with a scale does not fit one without; give both the same form")
+    given = [("weight", weight), ("gradient", gradient), ("first.data", first.data), ("second.data", second.data)]
+    scales = [("first.scale", first.scale), ("second.scale", second.scale)] if codes else []
+    for named, shape in ((given, (R, W)), (scales, (R, per_row))):
+        for name, t in named:
+            if t.shape != shape or not t.is_contiguous():
+                raise ValueError(
+                    f"adamw: {name} {tuple(t.shape)} with strides {t.stride()} does not fit a weight {(R, W)} with "
+                    f"blocks of {block}; it must be {shape} and contiguous"
+                )
+    forms = first.data.dtype, second.data.dtype
+    if forms != (torch.int8, torch.uint8) if codes else not all(d.is_floating_point for d in forms):
+        wanted = "int8 and uint8 with" if codes else "floating-point numbers without"
+        raise ValueError(f"adamw: {forms[0]} and {forms[1]} does not fit moments; they are {wanted} scales")
+    if R * per_row >= 2**31:  # the kernel numbers blocks in 32 bits
+        raise ValueError(f"adamw: block={block} does not fit {(R, W)}: over 2^31 blocks; give a larger one")
+    return codes
+
+
 def adamw(
     weight: Tensor,
     gradient: Tensor,
@@ -282,25 +310,18 @@ def adamw(
     that share a scale, a power of two of at most 128; for other forms it means nothing.
     Raises ValueError on shapes, forms or strides that do not fit, and as `use_triton` does.
     """
+    codes = _check(weight, gradient, first, second, clip, block)
     R, W = weight.shape
-    codes = first.scale is not None
-    scales = (R, -(-W // block))
-    fits = all(t.shape == weight.shape for t in (gradient, first.data, second.data))
-    if codes:
-        fits &= second.scale is not None and first.scale.shape == second.scale.shape == scales
-        fits &= (first.data.dtype, second.data.dtype) == (torch.int8, torch.uint8)
-    given = [t for t in (weight, gradient, *first, *second) if t is not None]
-    if not fits or not all(t.is_contiguous() for t in given) or block not in (1, 2, 4, 8, 16, 32, 64, 128):
-        raise ValueError(f"what belongs to a weight {(R, W)} with blocks of {block} does not fit it, or is strided")
     if weight.numel() == 0:
         return
     if not use_triton(weight, backend):
         adamw_reference(weight, gradient, first, second, clip, step, keys, place, block)
         return
-    rows, blocks = TILE // block, R * scales[1]
+    rows, per_row = TILE // block, triton.cdiv(W, block)
+    blocks = R * per_row
     _adamw_kernel[(triton.cdiv(blocks, rows),)](
         weight, gradient, first.data, first.scale, second.data, second.scale, clip,
-        W, blocks, scales[1], place.width, place.row, place.column, *keys,
+        W, blocks, per_row, place.width, place.row, place.column, *keys,
         step.beta1, 1 - step.beta1, step.beta2, 1 - step.beta2, step.lr * step.decay, step.size, step.root, step.eps,
         ROWS=rows, BLOCK=block, CODES=codes, num_warps=WARPS,
     )  # fmt: skip

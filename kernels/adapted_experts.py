@@ -39,6 +39,7 @@ from kernels.grouped_gemm import (
     _Gather,
     _NoRows,
     _readable,
+    check_choices,
     experts,
     sort_by_expert,
 )
@@ -289,7 +290,13 @@ def adapted_experts(
     coded, bare = up_scales is not None, up_lora is None and down_lora is None
     if bare and not coded:
         return experts(x, weights, experts_TK, counts, up, down, backend, rows=rows)
-    E, R = up.shape[0], experts_TK.numel() if rows is None else rows
+    E, F_, D = up.shape
+    if x.ndim != 2 or x.shape[1] != D or down.shape != (E, D, F_):
+        raise ValueError(f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit together")
+    check_choices("adapted_experts", x, weights, experts_TK, counts, up)
+    R = experts_TK.numel() if rows is None else rows
+    if not 0 <= R <= experts_TK.numel():
+        raise ValueError(f"rows={rows} does not fit {experts_TK.numel()} choices; count the ids below {E}")
     if R == 0:
         adapters = [t for pair in (up_lora, down_lora) if pair is not None for t in pair]
         return _NoRows.apply(x, weights, *(() if coded else (up, down)), *adapters)

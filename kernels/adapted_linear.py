@@ -74,5 +74,6 @@ def adapted_linear(
     """
     if weight.requires_grad:
         raise ValueError("adapted_linear has no gradient for the weight; freeze it")
-    y = _AdaptedLinear.apply(x.flatten(0, -2), weight, scales, A, B, scale, ends_block)
-    return y.unflatten(0, x.shape[:-1])
+    rows = x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    y = _AdaptedLinear.apply(rows, weight, scales, A, B, scale, ends_block)
+    return y.unflatten(0, x.shape[:-1]) if x.ndim > 1 else y.squeeze(0)

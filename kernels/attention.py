@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernels._common import accumulate_dtype, triton, use_triton
 
 if triton is not None:
-    from kernels._descriptors import describable
+    from kernels._descriptors import readable
     from kernels.attention_backward import launch_key, launch_query
     from kernels.attention_forward import launch_decode, launch_forward
 
@@ -92,7 +92,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, seq_idx, start = ctx.saved_tensors
-        do = do if describable(do) else do.contiguous()
+        do = readable(do)
         dq, delta = launch_query(q, k, v, o, do, lse, start)
         stop = None if seq_idx is None else document_stops(seq_idx)
         dk, dv = launch_key(q, k, v, do, lse, delta, stop)
@@ -106,12 +106,26 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None, backend: st
     fits = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
     # Tiles are as wide as the next power of two, and the copy engine wants rows in multiples of 16 bytes.
     fits = fits and q.shape[-1] <= 128 and q.shape[-1] * q.element_size() % 16 == 0
-    fits = fits and 0 < q.shape[1] <= k.shape[1] and q.shape[0] > 0
+    fits = fits and q.numel() > 0
     if not fits:
         return "torch"
     if backend == "auto" and q.is_cuda and seq_idx is None and q.shape[1] == k.shape[1] > 1:
         return AUTO_ON_CUDA
     return "triton"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> None:
+    shapes = f"q is {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.ndim == k.ndim == 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3]:
+        raise ValueError(f"attention: {shapes}; they do not fit (B, Sq, Hq, d), (B, Skv, Hkv, d), (B, Skv, Hkv, d)")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads")
+    if q.shape[1] > k.shape[1]:
+        raise ValueError(f"attention: {shapes}; the {q.shape[1]} queries must be the last of at least as many keys")
+    if seq_idx is not None and q.shape[1] != k.shape[1]:
+        raise ValueError("attention: seq_idx needs as many queries as keys")
+    if seq_idx is not None and seq_idx.shape != q.shape[:2]:
+        raise ValueError(f"attention: seq_idx is {tuple(seq_idx.shape)}; q {tuple(q.shape)} needs {tuple(q.shape[:2])}")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -122,17 +136,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None = None, ba
     in fp32.  Gradients for q, k and v are sums in a fixed order: two runs agree to the bit.
     backend: "triton" is our kernels, "torch" PyTorch's scaled_dot_product_attention (cuDNN first), "auto" the faster
     of the two.  What ours do not cover (d > 128, rows that are no multiple of 16 bytes, float64) runs in PyTorch.
-    Raises ValueError if Hq is not a multiple of Hkv, seq_idx comes with a cache, or the backend is unknown.
+    Raises ValueError on shapes that do not fit, seq_idx with a cache, or an unknown backend.
     """
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key-value heads")
-    if seq_idx is not None and q.shape[1] != k.shape[1]:
-        raise ValueError("attention: seq_idx needs as many queries as keys")
+    _check(q, k, v, seq_idx)
     if _chosen(q, k, v, seq_idx, backend) == "torch":
         return _torch_attention(q, k, v, seq_idx)
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if q.shape[1] == 1 and not wants_gradient:
         q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         return launch_decode(q, k, v)
-    q, k, v = (t if describable(t) else t.contiguous() for t in (q, k, v))
+    q, k, v = map(readable, (q, k, v))
     return _Attention.apply(q, k, v, None if seq_idx is None else seq_idx.contiguous())

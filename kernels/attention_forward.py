@@ -177,12 +177,12 @@ def _decode_kernel(
     d = tl.arange(0, WIDTH)
     head = kv_head * GROUP + r
     q = tl.load(
-        q_ptr + b * q_batch + head[:, None] * q_head + d[None, :],
+        q_ptr + b * q_batch + head[:, None].to(tl.int64) * q_head + d[None, :],
         mask=(r[:, None] < GROUP) & (d[None, :] < D),
         other=0.0,
     )
-    k_ptr += b * k_batch + kv_head * k_head
-    v_ptr += b * v_batch + kv_head * v_head
+    k_ptr += b * k_batch + kv_head.to(tl.int64) * k_head
+    v_ptr += b * v_batch + kv_head.to(tl.int64) * v_head
     m = tl.full([ROWS], LOWEST, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
@@ -220,10 +220,7 @@ def _combine_kernel(
 
 def describe(t: Tensor, rows: int, width: int) -> TensorDescriptor:
     """A descriptor of t (B, S, H, D) for tiles of `rows` positions of one head; what lies outside reads as 0."""
-    t = t.transpose(1, 2)
-    # A dimension of length 1 may carry any stride, and the copy engine checks even that one.
-    strides = [n if t.shape[i] > 1 else t.shape[-1] * t.shape[-2] * 128 for i, n in enumerate(t.stride())]
-    return descriptor(t, [1, 1, rows, width], strides=[*strides[:3], 1])
+    return descriptor(t.transpose(1, 2), [1, 1, rows, width])
 
 
 def tile_class(q: Tensor) -> str:

@@ -39,11 +39,11 @@ def balance_sums_reference(scores_BSE: Tensor, top_k: int, real_BS: Tensor | Non
 
 @jit
 def _tokens(
-    scores_ptr, real_ptr, S, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, HAS_REAL: tl.constexpr
-):
-    """Scores [BLOCK_T, E_PAD] of this program's tokens, zeros where there is none, their sums, and which count."""
-    b = tl.program_id(0).to(tl.int64)
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    scores_ptr, real_ptr, b, block, S,
+    E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_T: tl.constexpr, HAS_REAL: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_T, E_PAD] of a block of row b's tokens, zeros where there is none, their sums, and which count."""
+    t = block * BLOCK_T + tl.arange(0, BLOCK_T)
     live = t < S
     if HAS_REAL:
         live = live & (tl.load(real_ptr + b * S + t, mask=live, other=0) != 0)
@@ -56,11 +56,13 @@ def _tokens(
 
 @jit
 def _fwd_kernel(
-    scores_ptr, real_ptr, partial_ptr, S, E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr,
+    scores_ptr, real_ptr, partial_ptr, B, S, E: tl.constexpr, E_PAD: tl.constexpr, K: tl.constexpr,
     BLOCK_T: tl.constexpr, HAS_REAL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T tokens of a row.  scores (B, S, E) fp32, partial (2, B, blocks, E)."""
-    scores, total, live, _, _ = _tokens(scores_ptr, real_ptr, S, E, E_PAD, BLOCK_T, HAS_REAL)
+    b = (tl.program_id(0) % B).to(tl.int64)
+    block = tl.program_id(0) // B
+    scores, total, live, _, _ = _tokens(scores_ptr, real_ptr, b, block, S, E, E_PAD, BLOCK_T, HAS_REAL)
     col = tl.arange(0, E_PAD)
     LOWEST: tl.constexpr = -(2**63)
     key = tl.where((col < E)[None, :], _sort_key(scores, col[None, :], E_PAD), LOWEST)
@@ -71,21 +73,23 @@ def _fwd_kernel(
         key = tl.where(best, LOWEST, key)
     counts = tl.sum(tl.where(live[:, None], taken, 0.0), 0)
     sums = tl.sum(scores / total[:, None], 0)
-    at = (tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    second = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
+    at = b * tl.cdiv(S, BLOCK_T) + block
+    second = tl.num_programs(0).to(tl.int64)
     tl.store(partial_ptr + at * E + col, counts, mask=col < E)
     tl.store(partial_ptr + (second + at) * E + col, sums, mask=col < E)
 
 
 @jit
 def _bwd_kernel(
-    scores_ptr, real_ptr, dsums_ptr, dscores_ptr, S, E: tl.constexpr, E_PAD: tl.constexpr,
+    scores_ptr, real_ptr, dsums_ptr, dscores_ptr, B, S, E: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_T: tl.constexpr, HAS_REAL: tl.constexpr,
 ):  # fmt: skip
     """dsums (B, E), dscores (B, S, E)."""
-    scores, total, live, where, inside = _tokens(scores_ptr, real_ptr, S, E, E_PAD, BLOCK_T, HAS_REAL)
+    b = (tl.program_id(0) % B).to(tl.int64)
+    block = tl.program_id(0) // B
+    scores, total, live, where, inside = _tokens(scores_ptr, real_ptr, b, block, S, E, E_PAD, BLOCK_T, HAS_REAL)
     col = tl.arange(0, E_PAD)
-    g = tl.load(dsums_ptr + tl.program_id(0).to(tl.int64) * E + col, mask=col < E, other=0.0)
+    g = tl.load(dsums_ptr + b * E + col, mask=col < E, other=0.0)
     mean = tl.sum(g[None, :] * scores, 1) / total
     dscores = (g[None, :] - mean[:, None]) / total[:, None]
     tl.store(dscores_ptr + where, tl.where(live[:, None], dscores, 0.0), mask=inside)
@@ -98,7 +102,7 @@ class _BalanceSums(torch.autograd.Function):
         blocks = triton.cdiv(S, BLOCK_T)
         partial = torch.empty(2, B, blocks, E, dtype=torch.float32, device=scores.device)
         sizes = {"E": E, "E_PAD": triton.next_power_of_2(E), "BLOCK_T": BLOCK_T, "HAS_REAL": real is not None}
-        _fwd_kernel[(B, blocks)](scores, real, partial, S, K=top_k, **sizes)
+        _fwd_kernel[(B * blocks,)](scores, real, partial, B, S, K=top_k, **sizes)
         ctx.save_for_backward(scores, real)
         ctx.sizes = sizes
         counts, sums = partial.sum(2)
@@ -111,7 +115,7 @@ class _BalanceSums(torch.autograd.Function):
         scores, real = ctx.saved_tensors
         B, S, _ = scores.shape
         dscores = torch.empty_like(scores)
-        _bwd_kernel[(B, triton.cdiv(S, BLOCK_T))](scores, real, dsums.contiguous(), dscores, S, **ctx.sizes)
+        _bwd_kernel[(B * triton.cdiv(S, BLOCK_T),)](scores, real, dsums.contiguous(), dscores, B, S, **ctx.sizes)
         return dscores, None, None
 
 
@@ -121,8 +125,14 @@ def balance_sums(
     """scores: (B, S, E) fp32, not negative; real: (B, S) bool, False for a token that does not count.
 
     Returns counts and sums, (B, E) each, in scores' dtype.  Differentiable once, through sums only.  Among equal scores
-    the kernel takes the lower expert, PyTorch any.  Raises ValueError as `use_triton` does.
+    the kernel takes the lower expert, PyTorch any.  Raises ValueError on shapes or a top_k that do not fit, and as
+    `use_triton` does.
     """
+    if scores.ndim != 3 or (real is not None and real.shape != scores.shape[:2]):
+        given = "" if real is None else f" and real {tuple(real.shape)}"
+        raise ValueError(f"balance_sums: scores {tuple(scores.shape)}{given} do not fit (B, S, E), (B, S)")
+    if not 0 < top_k <= scores.shape[2]:
+        raise ValueError(f"balance_sums: top_k={top_k} does not fit {scores.shape[2]} experts; give 1 to that number")
     if not use_triton(scores, backend) or scores.dtype != torch.float32 or scores.numel() == 0:
         return balance_sums_reference(scores, top_k, real)
     return _BalanceSums.apply(scores.contiguous(), top_k, None if real is None else real.contiguous())

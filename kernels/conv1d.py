@@ -56,6 +56,13 @@ def causal_conv1d_reference(
 # In the kernels tuples count tokens back: w[0] multiplies the token itself, x[1] is the row before, d[3] the document
 # three rows up.  Widths below 4 leave the far ones out.
 @jit
+def _place(S, C, steps, BLOCK: tl.constexpr):
+    """This program's block of channels, its run among those of all sequences, and the runs of a sequence."""
+    blocks = tl.cdiv(C, BLOCK)
+    return tl.program_id(0) % blocks, tl.program_id(0) // blocks, tl.cdiv(S, 4 * steps)
+
+
+@jit
 def _rows(live, t, low, high):
     """The mask `live` of row t if low <= t < high, else nothing.  (The interpreter cannot combine it with a scalar.)"""
     t = tl.full(live.shape, t, tl.int64)
@@ -135,10 +142,11 @@ def _fwd_kernel(
 
     x (B, S, C) with batch and row strides; weight (C, W), bias (C,), seq (B, S), initial (B, W-1, C), y contiguous.
     """
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    block, run, runs = _place(S, C, steps, BLOCK)
+    cols = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     live = cols < C
-    first = tl.program_id(1).to(tl.int64) * (4 * steps)
-    batch = tl.program_id(2).to(tl.int64)
+    first = (run % runs).to(tl.int64) * (4 * steps)
+    batch = (run // runs).to(tl.int64)
     x_ptr += batch * x_batch + cols
     y_ptr += batch * S * C + cols
     seq_ptr += batch * S
@@ -172,14 +180,14 @@ def _fwd_kernel(
         x1, x2, x3, d1, d2, d3 = xd, xc, xb, dd, dc, db
 
 
-def _runs(x: Tensor, launch: Launch) -> tuple[tuple[int, int, int], int]:
-    """The grid (blocks of channels, runs, sequences) and the steps of 4 rows in a run."""
+def _runs(x: Tensor, launch: Launch) -> tuple[int, int, int]:
+    """Blocks of channels, runs (of all sequences together), and the steps of 4 rows in a run."""
     B, S, C = x.shape
     blocks = triton.cdiv(C, launch.block)
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     runs = max(1, sms * launch.programs_per_sm // (blocks * B))
     steps = triton.cdiv(max(triton.cdiv(S, runs), MIN_ROWS), 4)
-    return (blocks, triton.cdiv(S, 4 * steps), B), steps
+    return blocks, triton.cdiv(S, 4 * steps) * B, steps
 
 
 def forward(
@@ -192,8 +200,8 @@ def forward(
     """The kernel, outside autograd.  x: rows anywhere, neighbouring channels; the others contiguous."""
     B, S, C = x.shape
     y = torch.empty(B, S, C, dtype=x.dtype, device=x.device)
-    grid, steps = _runs(x, FORWARD)
-    _fwd_kernel[grid](
+    blocks, runs, steps = _runs(x, FORWARD)
+    _fwd_kernel[(blocks * runs,)](
         x, weight, bias, x if seq_idx is None else seq_idx, x if initial is None else initial, y,
         S, C, steps, x.stride(0), x.stride(1),
         W=weight.shape[1], BLOCK=FORWARD.block, BIAS=bias is not None, SEQ=seq_idx is not None,
@@ -244,12 +252,13 @@ def _bwd_kernel(
     x, dy, dx (B, S, C) with batch and row strides; partial (B * runs, W + 1, C) fp32, taps then bias; the others
     contiguous.
     """
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    block, run, runs = _place(S, C, steps, BLOCK)
+    cols = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     live = cols < C
-    first = tl.program_id(1).to(tl.int64) * (4 * steps)
+    first = (run % runs).to(tl.int64) * (4 * steps)
     end = tl.minimum(first + 4 * steps, S)
     last = tl.minimum(first + 4 * steps + W - 1, S)  # rows from here on touch nothing of this run
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (run // runs).to(tl.int64)
     x_ptr += batch * x_batch + cols
     dy_ptr += batch * dy_batch + cols
     dx_ptr += batch * dx_batch + cols
@@ -300,7 +309,6 @@ def _bwd_kernel(
             if W > 3:
                 tl.store(dinitial_ptr + (W - 4) * C, dxa, mask=_rows(live, t, 0, 1))
         x1, x2, x3, d1, d2, d3, g1, g2, g3 = xd, xc, xb, dd, dc, db, gd, gc, gb
-    run = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     partial_ptr += run.to(tl.int64) * (W + 1) * C + cols
     tl.store(partial_ptr + (W - 1) * C, sums[0], mask=live)
     tl.store(partial_ptr + (W - 2) * C, sums[1], mask=live)
@@ -326,11 +334,11 @@ def backward(
     x, dy, dx: (B, S, C), rows anywhere, neighbouring channels; the others contiguous.  trained: whether weight or bias
     are, which otherwise get no gradient.
     """
-    (B, S, C), W = x.shape, weight.shape[1]
+    (_, S, C), W = x.shape, weight.shape[1]
     dinitial = None if initial is None else torch.empty_like(initial)
-    grid, steps = _runs(x, BACKWARD)
-    partial = torch.empty(B * grid[1], (W + 1) * C, dtype=torch.float32, device=x.device)
-    _bwd_kernel[grid](
+    blocks, runs, steps = _runs(x, BACKWARD)
+    partial = torch.empty(runs, (W + 1) * C, dtype=torch.float32, device=x.device)
+    _bwd_kernel[(blocks * runs,)](
         x, weight, bias, x if seq_idx is None else seq_idx, x if initial is None else initial,
         dy, dx, dx if dinitial is None else dinitial, partial,
         S, C, steps, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), dx.stride(0), dx.stride(1),
@@ -408,13 +416,14 @@ def _step_kernel(
     K: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK channels of one sequence.  x (B, C), window (B, K, C) with strides; y, new contiguous."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    blocks = tl.cdiv(C, BLOCK)
+    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     live = cols < C
-    batch = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     rows = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
     x = tl.load(x_ptr + batch * x_batch + cols, mask=live, other=0.0)
     older = tl.load(
-        window_ptr + batch * window_batch + (rows + 1) * window_row + cols[None, :],
+        window_ptr + batch * window_batch + (rows + 1).to(tl.int64) * window_row + cols[None, :],
         mask=live[None, :] & (rows < K - 1),
         other=0.0,
     )  # [ROWS, BLOCK]
@@ -434,7 +443,7 @@ def _step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tup
     (B, K, C), W = window.shape, weight.shape[1]
     y = torch.empty(B, C, dtype=x.dtype, device=x.device)
     new = torch.empty(B, K, C, dtype=window.dtype, device=x.device)
-    _step_kernel[(triton.cdiv(C, 256), B)](
+    _step_kernel[(triton.cdiv(C, 256) * B,)](
         x, window, weight.contiguous(), bias, y, new, C, x.stride(0), window.stride(0), window.stride(1),
         K=K, W=W, ROWS=triton.next_power_of_2(K), BLOCK=256, BIAS=bias is not None, num_warps=2,
     )  # fmt: skip
@@ -457,9 +466,15 @@ def causal_conv1d_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of decoding.  x: (B, C); window: (B, >= W, C), the last inputs, newest last.
 
-    Returns y (B, C) and the window moved on by one token, a new tensor of the same length.  Raises ValueError on a
-    window too short.  Where gradients are wanted it runs in PyTorch; the kernel has no backward.
+    Returns y (B, C) and the window moved on by one token, a new tensor of the same length.  Raises ValueError on shapes
+    that do not fit and a window too short.  Where gradients are wanted it runs in PyTorch; the kernel has no backward.
     """
+    fits = window.ndim == 3 and weight.ndim == 2 and window.shape[::2] == x.shape and weight.shape[0] == x.shape[-1]
+    if not fits or (bias is not None and bias.shape != x.shape[-1:]):
+        raise ValueError(
+            f"causal_conv1d_step: x {tuple(x.shape)}, window {tuple(window.shape)}, weight {tuple(weight.shape)} and "
+            f"bias {None if bias is None else tuple(bias.shape)} do not fit (B, C), (B, >= W, C), (C, W), (C,)"
+        )
     if window.shape[1] < weight.shape[1]:
         raise ValueError(
             f"causal_conv1d_step: the window keeps {window.shape[1]} inputs; a width of {weight.shape[1]} needs as many"
@@ -467,9 +482,4 @@ def causal_conv1d_step(
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, window, weight, bias))
     if not use_triton(x, backend) or wants_grad or window.dtype != x.dtype or x.numel() == 0:
         return causal_conv1d_step_reference(x, window, weight, bias)
-    if window.shape[::2] != x.shape or weight.shape[0] != x.shape[1]:
-        raise ValueError(
-            f"causal_conv1d_step: x {tuple(x.shape)}, window {tuple(window.shape)} and weight {tuple(weight.shape)} "
-            "do not fit (B, C), (B, >= W, C), (C, W)"
-        )
     return _step(_channel_last(x), _channel_last(window), weight, None if bias is None else bias.contiguous())

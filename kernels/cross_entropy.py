@@ -48,14 +48,24 @@ def linear_cross_entropy_reference(
     return (losses * token_weight.where(real, 0)).sum(), losses.detach()
 
 
+def _check_logits(what: str, logits: Tensor, **vectors: Tensor) -> None:
+    for name, t in vectors.items():
+        if logits.ndim != 2 or t.shape != logits.shape[:1]:
+            raise ValueError(
+                f"{what}: logits {tuple(logits.shape)} and {name} {tuple(t.shape)} do not fit (T, V) and (T,)"
+            )
+
+
 def vocabulary_statistics(logits: Tensor, labels: Tensor, vocab_offset: int = 0, backend: str = "auto") -> Tensor:
     """What one slice of the vocabulary contributes to the loss of each token.
 
     logits: (T, V), columns vocab_offset .. vocab_offset + V of the whole vocabulary.  labels: (T,), in the whole
     vocabulary.
     Returns (3, T), fp32 or float64: m = max of the slice, s = sum of exp(logit - m), and the logit at the label, 0 if
-    the label lies in another slice.  `combine_statistics` makes one loss of the slices' results.
+    the label lies in another slice.  `combine_statistics` makes one loss of the slices' results.  Raises ValueError on
+    shapes that do not fit.
     """
+    _check_logits("vocabulary_statistics", logits, labels=labels)
     if use_triton(logits, backend):
         return logits_statistics(logits.contiguous(), labels.contiguous(), vocab_offset)
     logits = logits.to(accumulate_dtype(logits))
@@ -79,7 +89,9 @@ def vocabulary_gradient(
     """(softmax - onehot) * token_weight for one slice of the vocabulary, in the logits' dtype; overwrites the logits.
 
     logits, labels, vocab_offset: as in `vocabulary_statistics`.  lse: (T,), log sum exp over the whole vocabulary.
+    Raises ValueError on shapes that do not fit.
     """
+    _check_logits("vocabulary_gradient", logits, lse=lse, labels=labels, token_weight=token_weight)
     if use_triton(logits, backend) and logits.is_contiguous():
         vectors = lse.contiguous(), labels.contiguous(), token_weight.contiguous()
         return logits_gradient_(logits, *vectors, vocab_offset, IGNORE)
@@ -212,7 +224,8 @@ def linear_cross_entropy(
     backend: "auto", "triton" or "torch".
     Raises ValueError on shapes that do not fit.  Labels beyond V are the caller's to exclude.
     """
-    if x.shape[0] != labels.shape[0] or x.shape[-1] != weight.shape[-1] or token_weight.shape != labels.shape:
+    fits = x.ndim == weight.ndim == 2 and x.shape[1] == weight.shape[1] and labels.shape == x.shape[:1]
+    if not fits or token_weight.shape != labels.shape:
         raise ValueError(
             f"linear_cross_entropy: x {tuple(x.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)} and "
             f"token_weight {tuple(token_weight.shape)} do not fit (T, D), (V, D), (T,), (T,)"

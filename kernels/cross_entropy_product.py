@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels._common import free_sms
-from kernels._descriptors import descriptor
+from kernels._descriptors import describable, descriptor
 
 TILE_M, TILE_N, TILE_K, WARPS, STAGES = 128, 256, 64, 8, 3
 SHORTEST = 64  # steps along K that a piece of a tile must have to be worth its slot
@@ -102,9 +102,7 @@ def _add_pieces_kernel(
 
 def multipliable(*operands: Tensor) -> bool:
     """Whether these matrices suit the kernel: bf16 or fp16, rows contiguous and in multiples of 16 bytes."""
-    return all(
-        t.element_size() == 2 and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 for t in operands
-    )
+    return all(t.element_size() == 2 and describable(t) for t in operands)
 
 
 def multiply_(

@@ -67,10 +67,11 @@ def _gradient_kernel(
     logits_ptr, labels_ptr, weight_ptr, lse_ptr, V, vocab_offset, IGNORE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program: BLOCK logits of a row, overwritten by their gradient."""
-    t = tl.program_id(1)
+    blocks = tl.cdiv(V, BLOCK)
+    t = tl.program_id(0) // blocks
     row = logits_ptr + t.to(tl.int64) * V
     label = tl.load(labels_ptr + t)
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     if label == IGNORE:
         tl.store(row + cols, tl.zeros([BLOCK], tl.float32).to(logits_ptr.dtype.element_ty), mask=cols < V)
     else:
@@ -156,7 +157,7 @@ def logits_gradient_(
     """Overwrites logits (rows, V) with (exp(logits - lse) - onehot) * token_weight; 0 where the label is `ignore`."""
     rows, V = logits.shape
     block = min(8192, _row_block(V))
-    _gradient_kernel[(triton.cdiv(V, block), rows)](
+    _gradient_kernel[(triton.cdiv(V, block) * rows,)](
         logits, labels, token_weight, lse, V, vocab_offset, IGNORE=ignore, BLOCK=block, num_warps=8
     )
     return logits

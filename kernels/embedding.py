@@ -101,8 +101,13 @@ def embedding_gradient_(sums: Tensor, ids: Tensor, dy: Tensor, holds: bool = Tru
 
     holds: whether there is anything in the sums; if not, they are made zero first.  A row is added to in fp32 at least,
     and rounded once.  The kernels give the same bits for the same inputs; PyTorch's path on a GPU does not.  Raises
-    ValueError as `use_triton` does.
+    ValueError on shapes that do not fit, and as `use_triton` does.
     """
+    if dy.ndim != 2 or ids.shape != dy.shape[:1] or sums.shape[1:] != dy.shape[1:] or not sums.is_contiguous():
+        raise ValueError(
+            f"embedding_gradient_: sums {tuple(sums.shape)} with strides {sums.stride()}, ids {tuple(ids.shape)} and "
+            f"dy {tuple(dy.shape)} do not fit (V, D) contiguous, (T,), (T, D)"
+        )
     if not holds:
         sums.zero_()
     (T, D), kernels = dy.shape, use_triton(dy, backend)
@@ -133,7 +138,8 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy: Tensor) -> tuple[None, ...]:
         (ids,) = ctx.saved_tensors
         sums, holds = ctx.sink.open()
-        embedding_gradient_(sums, ids.flatten(), dy.flatten(0, -2), holds, ctx.backend)
+        dy = dy.flatten(0, -2) if ids.ndim else dy.unsqueeze(0)
+        embedding_gradient_(sums, ids.flatten(), dy, holds, ctx.backend)
         ctx.sink.close()
         return None, None, None, None
 

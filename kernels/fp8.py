@@ -74,16 +74,24 @@ def _expand_kernel(codes_ptr, scales_ptr, out_ptr, rows, width, blocks, ROWS: tl
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
-    """codes (..., in), scales of `scale_shape`, both contiguous -> (..., in), exact in bf16, fp32 and float64 (as long
-    as the dtype reaches so far down).  Not differentiable.  Raises ValueError as `use_triton` does."""
+    """codes (..., in), scales of `scale_shape` -> (..., in), contiguous; exact in bf16, fp32 and float64 (as long
+    as the dtype reaches so far down).  Not differentiable.  Raises ValueError on scales that do not fit, and as
+    `use_triton` does."""
+    if scales.shape != scale_shape(codes.shape):
+        raise ValueError(
+            f"dequantise: scales {tuple(scales.shape)} do not fit codes {tuple(codes.shape)}; they need "
+            f"{tuple(scale_shape(codes.shape))}"
+        )
     if dtype == torch.float64 or not use_triton(codes, backend) or codes.numel() == 0:
         return dequantise_reference(codes, scales, dtype)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     width, blocks = codes.shape[-1], scales.shape[-1]
     rows = codes.numel() // width
     grid = (triton.cdiv(rows, ROWS) * blocks,)
-    as_bytes = codes.view(torch.uint8)
-    _expand_kernel[grid](as_bytes, scales, out, rows, width, blocks, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS)
+    as_bytes = codes.contiguous().view(torch.uint8)
+    _expand_kernel[grid](
+        as_bytes, scales.contiguous(), out, rows, width, blocks, ROWS=ROWS, BLOCK=BLOCK, num_warps=WARPS
+    )
     return out
 
 

@@ -73,7 +73,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         sums, holds = ctx.sink.open()
-        add_product_(sums, dy.flatten(0, -2), x.flatten(0, -2), holds)
+        add_product_(sums, *(t.flatten(0, -2) if t.ndim > 1 else t.unsqueeze(0) for t in (dy, x)), holds)
         ctx.sink.close()
         return dx, None, None, None
 

@@ -200,7 +200,20 @@ class _NoRows(torch.autograd.Function):
         return tuple(torch.zeros_like(t) if need else None for t, need in needed)
 
 
+def check_choices(what: str, x: Tensor, weights: Tensor, experts_TK: Tensor, counts: Tensor | None, up: Tensor) -> None:
+    """Shapes only: a look at the ids would keep the host waiting.  The kernels do without counts."""
+    fits = experts_TK.ndim == 2 and weights.shape == experts_TK.shape and len(experts_TK) == len(x)
+    if not fits or (counts is not None and counts.shape != up.shape[:1]):
+        raise ValueError(
+            f"{what}: x {tuple(x.shape)}, weights {tuple(weights.shape)}, experts_TK {tuple(experts_TK.shape)}, counts "
+            f"{None if counts is None else tuple(counts.shape)} and up {tuple(up.shape)} do not fit (T, D), (T, K), "
+            "(T, K), (E,), (E, F, D)"
+        )
+
+
 def _check(x: Tensor, up: Tensor, down: Tensor, *sinks: Tensor | GradientSink | None) -> list[GradientSink | None]:
+    if up.ndim != 3:
+        raise ValueError(f"up {tuple(up.shape)} does not fit; give (E, F, D)")
     E, F_, D = up.shape
     if x.ndim != 2 or x.shape[1] != D or down.shape != (E, D, F_):
         raise ValueError(f"x {tuple(x.shape)}, up {tuple(up.shape)} and down {tuple(down.shape)} do not fit together")
@@ -246,6 +259,7 @@ def experts(
     longer has the activation (a sigmoid that underflows to 0 has derivative 0 anyway).
     """
     sinks = _check(x, up, down, up_grad, down_grad)
+    check_choices("experts", x, weights, experts_TK, counts, up)
     E = up.shape[0]
     R = experts_TK.numel() if rows is None else rows
     if not 0 <= R <= experts_TK.numel():
@@ -283,6 +297,11 @@ def grouped_mlp(
     a token's K rows.  Gradient buffers, and what is read on the host, are as for `experts`.
     """
     sinks = _check(rows, up, down, up_grad, down_grad)
+    if row_weights.shape != rows.shape[:1] or counts.shape != up.shape[:1]:
+        raise ValueError(
+            f"grouped_mlp: rows {tuple(rows.shape)}, row_weights {tuple(row_weights.shape)}, counts "
+            f"{tuple(counts.shape)} and up {tuple(up.shape)} do not fit (R, D), (R,), (E,), (E, F, D)"
+        )
     if _on_triton(rows, up, down, rows.shape[0], backend):
         rows, row_weights, up, down = _readable(rows), row_weights.contiguous(), up.contiguous(), down.contiguous()
         tiles = tiles_from_counts(counts, rows.shape[0], choose_configs(rows, up, down)["up"].block_m)

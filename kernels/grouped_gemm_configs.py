@@ -76,8 +76,9 @@ def choose_configs(x: Tensor, up: Tensor, down: Tensor, thin: bool = False) -> d
 
 
 def aligned(x: Tensor) -> bool:
-    """16-byte base and row stride: what TMA asks for, and what 16-byte copies need."""
-    return x.data_ptr() % 16 == 0 and x.stride(-2) * x.element_size() % 16 == 0
+    """16-byte base and row stride, not 0: what TMA asks for, and what 16-byte copies need."""
+    stride = x.stride(-2) * x.element_size()
+    return x.data_ptr() % 16 == 0 and stride > 0 and stride % 16 == 0
 
 
 def tma_reads(x: Tensor) -> bool:

@@ -121,15 +121,24 @@ def mamba_mixer(
     initial state or the final one is wanted.  Raises ValueError on shapes that do not fit.
     """
     inner, channels = sizes.H * sizes.P, sizes.H * sizes.P + 2 * sizes.G * sizes.N
-    if projected.shape[-1] != inner + channels + sizes.H or not 2 <= conv_weight.shape[1] <= 4:
+    wide = projected.ndim == 3 and projected.shape[-1] == inner + channels + sizes.H
+    if not wide or conv_weight.ndim != 2 or not 2 <= conv_weight.shape[1] <= 4:
         raise ValueError(
             f"mamba_mixer: projected {tuple(projected.shape)} and conv_weight {tuple(conv_weight.shape)} do not fit; "
             f"{sizes} need (B, S, {inner + channels + sizes.H}) and ({channels}, 2..4)"
         )
+    expected = {
+        "conv_weight": (conv_weight, (channels, conv_weight.shape[1])), "conv_bias": (conv_bias, (channels,)),
+        "A_log": (A_log, (sizes.H,)), "D": (D, (sizes.H,)), "dt_bias": (dt_bias, (sizes.H,)),
+        "norm_weight": (norm_weight, (inner,)), "seq_idx": (seq_idx, tuple(projected.shape[:2])),
+    }  # fmt: skip
+    for name, (t, shape) in expected.items():
+        if t is not None and t.shape != shape:
+            raise ValueError(
+                f"mamba_mixer: {name} is {tuple(t.shape)}; projected {tuple(projected.shape)} and {sizes} need {shape}"
+            )
     seq_idx = None if seq_idx is None else seq_idx.contiguous()
     conv_weight, conv_bias = conv_weight.contiguous(), None if conv_bias is None else conv_bias.contiguous()
     heads = [t.contiguous() for t in (A_log, D, dt_bias)]
-    if len(conv_weight) != channels or any(t.shape != (sizes.H,) for t in heads) or norm_weight.shape != (inner,):
-        raise ValueError(f"mamba_mixer: the parameters do not fit {sizes}; their shapes are in its description")
     parameters = (conv_weight, conv_bias, *heads, norm_weight.contiguous())
     return _MambaMixer.apply(projected.contiguous(), *parameters, sizes, dt_limit, eps, seq_idx, keep_conv)

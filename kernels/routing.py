@@ -92,14 +92,26 @@ def route(
 
     Group limits (n_group > 1): a group scores by its two best experts; only the topk_group best groups are chosen from.
     The order of the K experts of a token is not specified.  Scores are fp32-accurate also for bf16 inputs, because the
-    choice depends on their last bits.
+    choice depends on their last bits.  Raises ValueError on shapes and numbers that do not fit.
     """
     E = weight.shape[0]
     options = (top_k, n_group, topk_group, norm_topk_prob, scale)
+    if not x.ndim == weight.ndim == 2 or x.shape[1] != weight.shape[1] or bias.shape != (E,):
+        raise ValueError(
+            f"route: x {tuple(x.shape)}, weight {tuple(weight.shape)} and bias {tuple(bias.shape)} do not fit (T, D), "
+            "(E, D), (E,)"
+        )
     if not 0 < top_k <= E:
         raise ValueError(f"top_k={top_k} does not fit {E} experts")
+    if n_group < 1:
+        raise ValueError(f"n_group={n_group} must be at least 1, which means no groups")
     if n_group > 1 and (E % n_group or E // n_group < 2 or not 0 < topk_group <= n_group):
         raise ValueError(f"n_group={n_group}, topk_group={topk_group}: groups of {E} experts need at least two each")
+    if n_group > 1 and top_k > topk_group * (E // n_group):
+        raise ValueError(
+            f"top_k={top_k}: the topk_group={topk_group} groups that a token may choose from hold "
+            f"{topk_group * (E // n_group)} of {E} experts"
+        )
     if use_triton(x, backend) and x.shape[0] > 0 and E <= MAX_EXPERTS and weight.dtype != torch.float64:
         x = x if x.stride(-1) == 1 else x.contiguous()
         return Routes(*_Route.apply(x, weight.contiguous(), bias.contiguous(), *options))
@@ -107,7 +119,12 @@ def route(
 
 
 def expert_counts(experts_TK: Tensor, num_experts: int, backend: str = "auto") -> Tensor:
-    """Rows per expert, (E,) int64.  On a GPU without asking the host, which torch.bincount does."""
+    """Rows per expert, (E,) int64.  On a GPU without asking the host, which torch.bincount does.
+
+    An id outside 0 .. E - 1 (E itself stands for an expert of another rank) is counted nowhere.
+    """
     if use_triton(experts_TK, backend) and experts_TK.numel() > 0:
         return count_experts(experts_TK, num_experts)
-    return torch.bincount(experts_TK.flatten(), minlength=num_experts)
+    ids = experts_TK.flatten()
+    ids = ids.where((ids >= 0) & (ids < num_experts), num_experts)
+    return torch.bincount(ids, minlength=num_experts + 1)[:num_experts]

@@ -195,10 +195,11 @@ def _dx_kernel(
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of dx = dlogits w, (T, D)."""
-    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    t = tl.program_id(0) // blocks * BLOCK_T + tl.arange(0, BLOCK_T)
     live = t < T
     t = t.to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     dx = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
     for e0 in range(0, E, BLOCK_E):
         e = e0 + tl.arange(0, BLOCK_E)
@@ -261,7 +262,7 @@ def route_backward(
     elif need_dx:
         dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
         block_t, block_d, block_e = (16, 32, 16) if INTERPRET else (64, 128, 64)
-        _dx_kernel[(triton.cdiv(D, block_d), triton.cdiv(T, block_t))](
+        _dx_kernel[(triton.cdiv(D, block_d) * triton.cdiv(T, block_t),)](
             dlogits, w, dx, T, D=D, E=E, SPLIT=_splits(x, w),
             BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_E=block_e,
             num_warps=WARPS, num_stages=2,

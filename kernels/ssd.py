@@ -126,8 +126,11 @@ def ssd_reference(
 
 
 def _aligned(t: Tensor | None) -> Tensor | None:
-    """What the kernels can read: any strides but the last, which must be 1."""
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
+    """What the kernels can read: any strides but the last, which must be 1, and the second.
+
+    From a chunk's first token to the others they count in 32 bits, for want of registers: 128 tokens at most.
+    """
+    return t if t is None or (t.stride(-1) == 1 and t.stride(1) < 2**24) else t.contiguous()
 
 
 def forward(
@@ -214,6 +217,32 @@ def state_fits(x: Tensor, P: int, N: int) -> bool:
     return ssd_steps.pick_tiles(x.dtype, x.device, P, N) is not None
 
 
+def _check(
+    what: str,
+    lead: str,
+    x: Tensor,
+    dt: Tensor,
+    B: Tensor,
+    C: Tensor,
+    parameters: tuple[Tensor, ...],
+    state: Tensor | None,
+) -> None:
+    """lead: how the dimensions before x's last two are called, in words of the error."""
+    fits = x.ndim == B.ndim == 2 + lead.count(",") and dt.shape == x.shape[:-1]
+    if not fits or B.shape != C.shape or B.shape[:-2] != x.shape[:-2]:
+        raise ValueError(
+            f"{what}: x {tuple(x.shape)}, dt {tuple(dt.shape)}, B {tuple(B.shape)} and C {tuple(C.shape)} do not fit "
+            f"({lead}H, P), ({lead}H), ({lead}G, N), ({lead}G, N)"
+        )
+    (H, P), (G, N) = x.shape[-2:], B.shape[-2:]
+    if any(t.shape != (H,) for t in parameters):
+        raise ValueError(f"{what}: A, D and dt_bias need one number for each of {H} heads")
+    if G == 0 or H % G:
+        raise ValueError(f"{what}: {H} heads are not a multiple of {G} groups")
+    if state is not None and state.shape != (len(x), H, P, N):
+        raise ValueError(f"{what}: the state is {tuple(state.shape)}; x and B need {(len(x), H, P, N)}")
+
+
 def ssd(
     x: Tensor,
     dt: Tensor,
@@ -237,15 +266,15 @@ def ssd(
     "auto", "triton" or "torch" (`kernels._common.use_triton`).  The kernels need x, B and C in one dtype, P at most
     128 and N at most 256, else PyTorch runs.  They read any strides whose last is 1, run the same sums in the same
     order every time, and move 47 kB a token forward, 120 kB backward at H = 64, P = 64, G = 8, N = 128 in bf16: bound
-    by memory. Raises ValueError if H is not a multiple of G or S is zero.
+    by memory.  Raises ValueError on shapes that do not fit, H that is not a multiple of G, and S of zero.
     """
-    if any(t.shape != x.shape[2:3] for t in (A, D, dt_bias)):
-        raise ValueError(f"ssd: A, D and dt_bias need one number for each of {x.shape[2]} heads")
-    if x.shape[2] % B.shape[2]:
-        raise ValueError(f"ssd: {x.shape[2]} heads are not a multiple of {B.shape[2]} groups")
+    _check("ssd", "B, S, ", x, dt, B, C, (A, D, dt_bias), initial_state)
+    if seq_idx is not None and seq_idx.shape != x.shape[:2]:
+        raise ValueError(f"ssd: seq_idx is {tuple(seq_idx.shape)}; x {tuple(x.shape)} needs {tuple(x.shape[:2])}")
     if x.shape[1] == 0:
         raise ValueError("ssd: the sequence is empty")
-    if use_triton(x, backend) and x.dtype == B.dtype == C.dtype and state_fits(x, x.shape[3], B.shape[3]):
+    able = use_triton(x, backend) and x.dtype == B.dtype == C.dtype and x.numel() > 0
+    if able and state_fits(x, x.shape[3], B.shape[3]):
         A, D, dt_bias = (t.contiguous() for t in (A, D, dt_bias))
         return _SSD.apply(x, dt, A, B, C, D, dt_bias, dt_limit, seq_idx, initial_state)
     return ssd_reference(x, dt, A, B, C, D, dt_bias, chunk, dt_limit, seq_idx, initial_state)
@@ -266,8 +295,10 @@ def ssd_step(
     """One token of decoding: state (B, H, P, N), x (B, H, P), dt (B, H), B and C (B, G, N).  Returns y and the new
     state.
 
-    The kernel has no backward: where a gradient is wanted, PyTorch runs.  It reads and writes the state once.
+    The kernel has no backward: where a gradient is wanted, PyTorch runs.  It reads and writes the state once.  Raises
+    ValueError on shapes that do not fit.
     """
+    _check("ssd_step", "B, ", x, dt, B, C, (A, D, dt_bias), state)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (state, x, dt, A, B, C, D, dt_bias))
     if use_triton(x, backend) and not wants_grad:
         x, dt, B, C = map(_aligned, (x, dt, B, C))

@@ -65,7 +65,7 @@ def _load_head(
         tile = desc.load([b, start, h, 0]).reshape([R, BLOCK_P])
     else:
         r = tl.arange(0, R)
-        tile = load_rows(ptr + h * head_stride, start, token_stride, S, r, tl.arange(0, BLOCK_P), P)
+        tile = load_rows(ptr + h.to(tl.int64) * head_stride, start, token_stride, S, r, tl.arange(0, BLOCK_P), P)
     return tile
 
 
@@ -302,16 +302,17 @@ def _dx_kernel(
     x, B, C strided; dy (B, S, H, P) contiguous; dx with batch and token strides; dCB (B, chunks, G, Q, Q), [.., j, i],
     blocks i >= j only; own (B, chunks, G, Q): B_j . C_j.
     """
-    role = tl.program_id(0) % 3
-    g = tl.program_id(0) // 3
-    item = tl.program_id(1)
+    pid = tl.program_id(0) % (3 * (H // SHARE))
+    item = tl.program_id(0) // (3 * (H // SHARE))
+    role = pid % 3
+    g = pid // 3
     row = item // n_chunks
     chunk = item % n_chunks
     b = row.to(tl.int64)
     x = x_ptr + b * x_batch
     dy = dy_ptr + b * S * H * P
-    B = B_ptr + b * B_batch + g * B_group
-    C = C_ptr + b * C_batch + g * C_group
+    B = B_ptr + b * B_batch + g.to(tl.int64) * B_group
+    C = C_ptr + b * C_batch + g.to(tl.int64) * C_group
     dx = dx_ptr + b * dx_batch
     group = (item * (H // SHARE) + g).to(tl.int64)
     dCB = dCB_ptr + group * (4 * R * R)
@@ -375,7 +376,7 @@ def dx_and_dCB(
         block = [1, tiles.R, 1, tiles.P]
         descriptors = [descriptor(t, block) for t in (x, dy)]
         descriptors.append(descriptor(dstates.view(-1, tiles.N), [tiles.P, tiles.N]))
-    _dx_kernel[(3 * G, Bt * n_chunks)](
+    _dx_kernel[(3 * G * Bt * n_chunks,)](
         x, descriptors[0], dy, descriptors[1], B, C, D, steps.vectors, dstates, descriptors[2], dx, dCB, own, flows,
         x if seq_idx is None else seq_idx, S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),

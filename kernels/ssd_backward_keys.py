@@ -66,7 +66,7 @@ def _dBC_block(
         h = g * SHARE + k
         vector = (item * H + h).to(tl.int64)
         scale = tl.load(vectors_ptr + vector * (KINDS * Q) + (weight * Q + half) + r)
-        value = load_rows(value_ptr + h * value_head, start, value_token, S, r, p, P)
+        value = load_rows(value_ptr + h.to(tl.int64) * value_head, start, value_token, S, r, p, P)
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)
         part = tl.dot(value, state, input_precision="ieee") * scale[:, None]  # [R, P] @ [P, N]
         out += part
@@ -117,17 +117,18 @@ def _dBC_kernel(
 
     dB, dC (B, S, G, N) with batch and token strides, the same for both, a token's groups side by side.
     """
-    role = tl.program_id(0) % 4
-    g = tl.program_id(0) // 4
-    item = tl.program_id(1)
+    pid = tl.program_id(0) % (4 * (H // SHARE))
+    item = tl.program_id(0) // (4 * (H // SHARE))
+    role = pid % 4
+    g = pid // 4
     row = item // n_chunks
     chunk = item % n_chunks
     groups = H // SHARE
     b = row.to(tl.int64)
     x = x_ptr + b * x_batch
     dy = dy_ptr + b * S * H * P
-    B = B_ptr + b * B_batch + g * B_group
-    C = C_ptr + b * C_batch + g * C_group
+    B = B_ptr + b * B_batch + g.to(tl.int64) * B_group
+    C = C_ptr + b * C_batch + g.to(tl.int64) * C_group
     dB = dB_ptr + b * out_batch
     dC = dC_ptr + b * out_batch
     dCB = dCB_ptr + (item * groups + g).to(tl.int64) * (4 * R * R)
@@ -175,7 +176,7 @@ def dB_and_dC(
     assert dB.stride() == dC.stride()
     assert dB.stride()[2:] == (N, 1)
     n_chunks = triton.cdiv(S, tiles.Q)
-    _dBC_kernel[(4 * G, Bt * n_chunks)](
+    _dBC_kernel[(4 * G * Bt * n_chunks,)](
         x, dy, B, C, steps.vectors, states, dstates, dCB, dB, dC, flows,
         S, H, n_chunks,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),

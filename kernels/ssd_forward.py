@@ -85,17 +85,18 @@ def _scan_block(
     for k in tl.range(0, HEADS, num_stages=STAGES):
         h = h0 + k
         vector = (item * H + h).to(tl.int64)
+        x_h = x_ptr + h.to(tl.int64) * x_head
         p_v = vectors_ptr + vector * (KINDS * Q) + half + r
         state = tl.load(states_ptr + vector * (BLOCK_P * BLOCK_N) + state_offset)  # [P, N]
         from_start = tl.load(p_v + FROM_START * Q)
         y = tl.dot(C, tl.trans(state), input_precision="ieee") * from_start[:, None]  # [R, N] @ [N, P]
         if SECOND:
-            x_left = load_rows(x_ptr + h * x_head, begin, x_token, S, r, p, P)
+            x_left = load_rows(x_h, begin, x_token, S, r, p, P)
             before = tl.load(p_v + (MIDDLE * Q - R))
             after = tl.load(p_v + MIDDLE * Q)
             mixing = CB_left * (after[:, None] * before[None, :])
             y = tl.dot(mixing.to(x_left.dtype), x_left, y, input_precision="ieee")  # [R, R] @ [R, P]
-        x = load_rows(x_ptr + h * x_head, start, x_token, S, r, p, P)  # [R, P]
+        x = load_rows(x_h, start, x_token, S, r, p, P)  # [R, P]
         D = tl.load(D_ptr + h).to(tl.float32)
         y += x.to(tl.float32) * (own * tl.load(p_v + STEP * Q) + D)[:, None]
         a = tl.load(p_v + DECAY * Q)
@@ -142,16 +143,17 @@ def _scan_kernel(
     STAGES: tl.constexpr,
 ):
     """One program: one block of R tokens, HEADS heads of one group.  y (B, S, H, P) contiguous, the rest strided."""
-    second = tl.program_id(0) % 2
-    h0 = (tl.program_id(0) // 2) * HEADS
-    item = tl.program_id(1)
+    pid = tl.program_id(0) % (2 * (H // HEADS))
+    item = tl.program_id(0) // (2 * (H // HEADS))
+    second = pid % 2
+    h0 = (pid // 2) * HEADS
     row = item // n_chunks
     chunk = item % n_chunks
     g = h0 // share
     b = row.to(tl.int64)
     x = x_ptr + b * x_batch
-    B = B_ptr + b * B_batch + g * B_group
-    C = C_ptr + b * C_batch + g * C_group
+    B = B_ptr + b * B_batch + g.to(tl.int64) * B_group
+    C = C_ptr + b * C_batch + g.to(tl.int64) * C_group
     y = y_ptr + b * S * H * P
     idx = idx_ptr + b * idx_batch
     if second == 1:
@@ -173,7 +175,7 @@ def scan(
     n_chunks, share = triton.cdiv(S, tiles.Q), H // G
     heads = max(k for k in range(1, min(share, 8) + 1) if share % k == 0)
     y = torch.empty(Bt, S, H, P, device=x.device, dtype=x.dtype)
-    _scan_kernel[(2 * (H // heads), Bt * n_chunks)](
+    _scan_kernel[(2 * (H // heads) * Bt * n_chunks,)](
         x, B, C, D, steps.vectors, states, y, x if seq_idx is None else seq_idx,
         S, H, n_chunks, share,
         x.stride(0), x.stride(1), x.stride(2), B.stride(0), B.stride(1), B.stride(2), C.stride(0), C.stride(1),
@@ -217,7 +219,7 @@ def _step_kernel(
 ):
     """One program: BLOCK_P channels of one head of one row.  state, new (B, H, P, N) and y (B, H, P) contiguous."""
     b = tl.program_id(0).to(tl.int64) // H
-    h = tl.program_id(0) % H
+    h = (tl.program_id(0) % H).to(tl.int64)
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
     dt = softplus(tl.load(dt_ptr + b * dt_batch + h).to(tl.float32) + tl.load(bias_ptr + h).to(tl.float32))

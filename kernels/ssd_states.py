@@ -73,7 +73,7 @@ def _states_kernel(
     if BACKWARD:
         value_ptr = dy_ptr + (b * S * H + h) * P
         value_token = H * P
-        key_ptr = C_ptr + b * C_batch + (h // share) * C_group
+        key_ptr = C_ptr + b * C_batch + (h // share).to(tl.int64) * C_group
         key_token = C_token
         weight_ptr = vectors_ptr + FROM_START * Q
         out_ptr = dstates_ptr
@@ -84,9 +84,9 @@ def _states_kernel(
         if HAS_DLAST:
             state = tl.load(dlast_ptr + exact, mask=real, other=0.0).to(tl.float32)
     else:
-        value_ptr = x_ptr + (b * x_batch + h * x_head)
+        value_ptr = x_ptr + (b * x_batch + h.to(tl.int64) * x_head)
         value_token = x_token
-        key_ptr = B_ptr + b * B_batch + (h // share) * B_group
+        key_ptr = B_ptr + b * B_batch + (h // share).to(tl.int64) * B_group
         key_token = B_token
         weight_ptr = vectors_ptr + TO_END * Q
         out_ptr = states_ptr

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import fp8
 from kernels.attention import attention
 from kernels.conv1d import causal_conv1d, causal_conv1d_step
 from kernels.cross_entropy import combine_statistics, linear_cross_entropy, vocabulary_gradient, vocabulary_statistics
@@ -161,3 +162,29 @@ def test_second_derivatives_are_refused(f: Callable, device: str) -> None:
     (g,) = torch.autograd.grad(f(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         (g.square().sum() + x.sum()).backward()
+
+
+@pytest.mark.parametrize("B", [0, 1])
+def test_no_rows_or_no_heads(B: int, device: str) -> None:
+    """A rank may hold none of the heads; the results are empty, and the gradients of what is shared are zero."""
+    heads = H if B == 0 else 0
+    x, dt = torch.randn(B, 5, heads, P, device=device), torch.randn(B, 5, heads, device=device)
+    keys = [torch.randn(B, 5, G, N, device=device, requires_grad=True) for _ in "BC"]
+    y, state = ssd(x, dt, *(torch.ones(heads, device=device), *keys), *torch.ones(2, heads, device=device), 4)
+    assert (y.shape, state.shape) == ((B, 5, heads, P), (B, heads, P, N))
+    (y.sum() + state.sum()).backward()
+    assert not any(k.grad.any() for k in keys)
+    q, k = torch.randn(B, 5, heads, P, device=device), torch.randn(B, 5, 1, P, device=device, requires_grad=True)
+    y = attention(q, k, k, backend="triton")
+    assert y.shape == q.shape
+    y.sum().backward()
+    assert not k.grad.any()
+    assert attention(q[:, :1].detach(), k.detach(), k.detach(), backend="triton").shape == (B, 1, heads, P)
+
+
+def test_fp8_codes_may_be_slices(device: str) -> None:
+    codes, scales = (t.to(device) for t in fp8.quantise(torch.randn(6, 256)))
+    want = fp8.dequantise(codes, scales, torch.float32, "torch")
+    wide = torch.cat([codes.view(torch.uint8)] * 2, 1)[:, :256].view(fp8.CODE)
+    for given in ((wide, scales), (codes, torch.cat([scales, scales], 1)[:, :2])):
+        assert torch.equal(fp8.dequantise(*given, torch.float32, "triton"), want)
