@@ -322,7 +322,7 @@ class DatasetConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     truncation: str = "right"  # the side of a prompt that is cut when it does not fit
     on_error: str = "raise"  # a malformed record ends the run, or skip: is counted and passed over
-    val_proportion: float = 0.1  # held out where the data brings no validation split
+    val_proportion: float = 0.1  # held out, evaluated on or not, where the data brings no validation split
     seed: int = 5678  # of the order of samples, their packing, and what is held out
     # blends of Megatron .bin/.idx files; a run gives one of these forms (docs/data.md)
     blend: Any = None  # PREFIX, [PREFIX, …], [WEIGHT, PREFIX, …] or [[PREFIX, …], [WEIGHT, …]]

@@ -277,25 +277,29 @@ def load_supervised(
 ) -> dict[str, Samples]:
     """The samples of `train` and, if `valid`, of `valid`, tokenized; `log` gets a line about each.
 
+    What is held out does not depend on `valid`: a run without evaluation trains on what one with it trains on.
     Raises UserError if the data is not there or no sample is left.
     """
     reader = Reader(tokenizer, seq_length, options)
     found: dict[str, Samples] = {}
-    for ours, theirs in (("train", "train"), ("valid", "validation"))[: 1 + valid]:
-        records = open_split(options, theirs)
+    train, validation = (open_split(options, split) for split in ("train", "validation"))
+    for split, records in (("train", train), ("valid", validation if valid else None)):
         if records is None:
             continue
         tally = Tally()
-        found[ours] = collect(reader.read(records, tally))
-        log(f"{ours}: {tally.report()}")
-        if not len(found[ours]):
+        found[split] = collect(reader.read(records, tally))
+        log(f"{split}: {tally.report()}")
+        if not len(found[split]):
             raise UserError(
-                f"dataset.path={options.path or options.name}: no sample is left for {ours} ({tally.report()}); "
+                f"dataset.path={options.path or options.name}: no sample is left for {split} ({tally.report()}); "
                 "look at dataset.seq_length and at the form of the records"
             )
-    if valid and "valid" not in found:
-        found["train"], found["valid"] = hold_out(found["train"], options.val_proportion, options.seed)
-        log(f"valid: {len(found['valid']):,} samples held out of train, by dataset.val_proportion")
+    if validation is None:
+        found["train"], held = hold_out(found["train"], options.val_proportion, options.seed)
+        if valid or len(held):
+            log(f"valid: {len(held):,} samples held out of train, by dataset.val_proportion")
+        if valid:
+            found["valid"] = held
     return found
 
 

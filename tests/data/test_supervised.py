@@ -232,6 +232,19 @@ def test_hold_out_is_a_function_of_the_seed(tmp_path: Path) -> None:
     assert (len(train), len(valid)) == (5, 0)
 
 
+@pytest.mark.parametrize(("share", "own", "left"), [(0.2, False, 40), (0.0, False, 50), (0.2, True, 50)])
+def test_what_is_trained_on_does_not_depend_on_whether_a_run_evaluates(
+    tmp_path: Path, share: float, own: bool, left: int
+) -> None:
+    write(tmp_path / "training.jsonl", [{"input": "a", "output": str(i)} for i in range(50)])
+    if own:
+        write(tmp_path / "validation.jsonl", [{"input": "a", "output": "b"}])
+    options = SupervisedOptions(path=str(tmp_path), val_proportion=share)
+    both, alone = (load_supervised(BYTES, 64, options, lambda line: None, valid) for valid in (True, False))
+    assert [learnt(s) for s in both["train"]] == [learnt(s) for s in alone["train"]]
+    assert (len(alone["train"]), list(alone)) == (left, ["train"])
+
+
 BAD_LINES = [
     (b"\x00\x01\xff", "not UTF-8 text"),
     (b"{", "not JSON"),
