@@ -292,7 +292,7 @@ class SchedulerConfig:
     lr_warmup_iters: int | None = None
     lr_warmup_samples: int | None = None
     lr_warmup_tokens: int | None = None
-    lr_warmup_fraction: float | None = None  # of the run
+    lr_warmup_fraction: float | None = None  # of lr_decay_*, so of the run where that is not set
     lr_decay_iters: int | None = None  # where min_lr is reached; default: the end of the run
     lr_decay_samples: int | None = None
     lr_decay_tokens: int | None = None
