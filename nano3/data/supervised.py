@@ -203,12 +203,10 @@ def open_file(path: Path) -> Places:
 
 def _open_hub(options: SupervisedOptions, split: str) -> Places | None:
     name = HUB_ID if options.name == "squad" else options.name
-    if split == "train" or options.name == "squad":
-        return hub_records(name, options.subset, split)
-    try:
-        return hub_records(name, options.subset, split)
-    except UserError:
-        return None  # its train split could be loaded, so what is missing is this one
+    records = hub_records(name, options.subset, split)
+    if records is None and (split == "train" or options.name == "squad"):
+        raise UserError(f"dataset.name={name} has no {split} split; give another data set, or files by dataset.path")
+    return records
 
 
 class Reader:

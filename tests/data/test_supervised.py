@@ -309,6 +309,30 @@ def test_a_data_set_of_the_datasets_package(tmp_path: Path) -> None:
         load_supervised(BYTES, 64, SupervisedOptions(name="/nowhere/at/all"))
 
 
+def test_only_a_split_that_is_not_there_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls: list[tuple] = []
+
+    def load(name: str, subset: str | None, split: str | None = None) -> dict | list:
+        calls.append((name, subset))
+        if len(calls) == 2 and name == "lost":
+            raise ConnectionError("no route to the hub")
+        held = {"test" if name == "untrained" else "train": [{"input": "a", "output": "b"}] * 4}
+        return held if split is None else held[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = load_supervised(BYTES, 64, SupervisedOptions(name="x", subset="y"), lambda line: None)
+    assert ({k: len(v) for k, v in found.items()}, calls[-1]) == ({"train": 3, "valid": 1}, ("x", "y"))
+    for name, message in (
+        ("lost", r"dataset\.name=lost \(split validation\) could not be loaded: no route to the hub"),
+        ("untrained", "dataset.name=untrained has no train split"),
+        ("squad", "dataset.name=rajpurkar/squad has no validation split"),
+    ):
+        calls.clear()
+        with pytest.raises(UserError, match=message):
+            load_supervised(BYTES, 64, SupervisedOptions(name=name), lambda line: None)
+
+
 def places(value: object, path: tuple = ()) -> list[tuple]:
     """The path of every value inside a record."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
