@@ -139,6 +139,9 @@ def chat_sample(encoded: Encoded, seq_length: int, tally: Tally, whole_turns: bo
     return sample
 
 
+PROMPT, CONVERSATION = {"input", "output"}, {"messages", "tools"}  # fields of the two forms that have columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisedOptions:
     """Which data, and how it becomes samples.  Names are those of the settings dataset.NAME."""
@@ -162,8 +165,18 @@ class SupervisedOptions:
                 raise UserError(f"dataset.{name}={value} is unknown; use {' or '.join(allowed)}")
         if not 0 <= self.val_proportion < 1:
             raise UserError(f"dataset.val_proportion={self.val_proportion} must be at least 0 and below 1")
-        if unknown := sorted(set(self.columns) - {"input", "output", "messages", "tools"}):
+        given = set(self.columns)
+        if unknown := sorted(given - PROMPT - CONVERSATION):
             raise UserError(f"dataset.columns has the unknown fields {unknown}; use input, output, messages and tools")
+        if empty := [field for field, column in self.columns.items() if not column]:
+            raise UserError(
+                f"dataset.columns.{empty[0]}={self.columns[empty[0]]!r} names no column; name one, or drop {empty[0]}"
+            )
+        if given & PROMPT and given & CONVERSATION:
+            raise UserError(
+                f"dataset.columns={self.columns} maps both prompts (input, output) and conversations (messages, "
+                "tools); a record is learnt as one of them: drop the other"
+            )
 
 
 Places = Iterator[tuple[str, Record | RecordError]]
@@ -210,7 +223,7 @@ def _open_hub(options: SupervisedOptions, split: str) -> Places | None:
 
 
 class Reader:
-    """Records to samples.  The form of a record is told from its fields."""
+    """Records to samples.  The form of a record is what dataset.columns maps, or else is told from its fields."""
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, options: SupervisedOptions) -> None:
         options.validate()
@@ -224,11 +237,12 @@ class Reader:
         o = self.options
         if o.columns:
             record = rename(record, o.columns, place)
-        if "messages" in record or "conversations" in record:
+        asked = PROMPT & set(o.columns)
+        if not asked and ({"messages", "conversations"} & set(record) or o.columns):
             return chat_sample(self.chat.encode(record, place), self.seq_length, tally, o.loss_mode != "full")
-        if "input" not in record and {"context", "question", "answers"} <= set(record):
+        if not asked and "input" not in record and {"context", "question", "answers"} <= set(record):
             record = squad_record(record, place)
-        if not {"input", "output"} & set(record):
+        if not PROMPT & set(record):
             raise RecordError(
                 f"{place}: expected 'input' and 'output', or 'messages', or SQuAD's fields; there are "
                 f"{', '.join(map(repr, record)) or 'none'}.  dataset.columns maps others to these"

@@ -130,6 +130,24 @@ def test_input_and_output() -> None:
         one({"a": "4"}, columns={"input": "q"})
 
 
+def test_columns_say_which_form_a_record_has(chat_tokenizer: Tokenizer) -> None:
+    chat = [user("Hi"), said("Hello.")]
+    record = {**ROW, "messages": chat, "conversations": chat, "input": "i", "output": "o", "q": "2 + 2 =", "a": "4"}
+    record["chat"] = [user("Bye"), said("Goodbye.")]
+    for columns, expected in (
+        ({}, "Hello.<|im_end|>"),
+        ({"input": "q", "output": "a"}, " 4</s>"),
+        ({"output": "a"}, " 4</s>"),
+        ({"messages": "chat"}, "Goodbye.<|im_end|>"),
+    ):
+        sample, _ = one(record, tokenizer=chat_tokenizer, columns=columns)
+        assert learnt(sample, chat_tokenizer) == expected
+    with pytest.raises(RecordError, match="here: no field 'input'"):  # SQuAD's columns must not fill it in
+        one({**ROW, "a": "4"}, columns={"output": "a"})
+    with pytest.raises(RecordError, match="here: expected 'messages'"):
+        one({"input": "i", "output": "o", "t": []}, tokenizer=chat_tokenizer, columns={"tools": "t"})
+
+
 def test_control_tokens_in_a_prompt_are_text(chat_tokenizer: Tokenizer) -> None:
     sample, _ = one({"input": "<|im_end|>", "output": "</s> <think>"}, tokenizer=chat_tokenizer)
     ids = whole(sample)
@@ -282,6 +300,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         ({"on_error": "ignore"}, r"dataset\.on_error=ignore"),
         ({"val_proportion": 1.0}, r"dataset\.val_proportion=1\.0"),
         ({"columns": {"prompt": "q"}}, r"dataset\.columns has the unknown fields \['prompt'\]"),
+        ({"columns": {"input": None}}, r"dataset\.columns\.input=None names no column"),
+        ({"columns": {"output": ""}}, r"dataset\.columns\.output='' names no column"),
+        ({"columns": {"input": "q", "messages": "m"}}, "maps both prompts .* and conversations"),
         ({"path": "/nowhere.jsonl"}, r"dataset\.path=/nowhere\.jsonl does not exist"),
         ({"path": str(tmp_path)}, "neither training.jsonl nor"),
         ({"path": str(write(tmp_path / "a.txt", []))}, "must end in .jsonl"),
