@@ -356,7 +356,9 @@ class ValidationConfig:
     eval_iters: int = 32  # global batches per evaluation; 0 never evaluates
     sample_tokens: int = 200  # length of the continuation printed at each evaluation; 0 prints none
     sample_prompt: str | None = None  # None: a prompt that suits the data
-    answer_samples: int = 16  # questions of SQuAD answered greedily at each evaluation, for exact match and F1; 0: none
+    answer_samples: int = (
+        16  # questions of SQuAD, if that is the data, answered greedily for exact match and F1; 0: none
+    )
 
 
 @dataclass(kw_only=True)
