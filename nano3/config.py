@@ -303,6 +303,10 @@ class SchedulerConfig:
     lr_wsd_decay_fraction: float | None = None  # the same as a fraction of the run
 
 
+BLEND_FORMS = ("blend", "data_paths", "data_args_path", "per_split_data_args_path", "blend_per_split")
+BLEND_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
+
+
 @dataclass(kw_only=True)
 class DatasetConfig:
     # embedded, the standard library's source; mock, a pattern in ids; to fine-tune, squad or an id of the datasets
@@ -337,6 +341,15 @@ class DatasetConfig:
     path_to_cache: str | None = None  # folder for index files; None: nano3_index beside the data
     random_seed: int | None = None  # of the order of samples; None: rng.seed
 
+    @property
+    def kind(self) -> str:
+        """What the settings mean: blend, embedded, mock, packed (rows packed in advance) or records."""
+        if any(getattr(self, name) is not None for name in BLEND_FORMS + BLEND_PATHS):
+            return "blend"
+        if self.name in ("embedded", "mock"):
+            return self.name
+        return "records" if self.packed_path is None else "packed"
+
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
@@ -356,9 +369,8 @@ class ValidationConfig:
     eval_iters: int = 32  # global batches per evaluation; 0 never evaluates
     sample_tokens: int = 200  # length of the continuation printed at each evaluation; 0 prints none
     sample_prompt: str | None = None  # None: a prompt that suits the data
-    answer_samples: int = (
-        16  # questions of SQuAD, if that is the data, answered greedily for exact match and F1; 0: none
-    )
+    # questions answered greedily at each evaluation, for exact match and F1, if the data is SQuAD; 0: none
+    answer_samples: int = 16
 
 
 @dataclass(kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from nano3.config import Config, UserError
-from nano3.data.blend import has_blend, load_blend
+from nano3.data.blend import load_blend
 from nano3.data.packing import WINDOW, Packed, PackedFile, Rows, packed_files
 from nano3.data.row import Dataset, Windows
 from nano3.data.supervised import SupervisedOptions, load_supervised
@@ -88,26 +88,26 @@ class MockTokens(Windows):
 
 def is_supervised(config: Config) -> bool:
     """Do the settings mean prompts with answers, or conversations?"""
-    return config.dataset.name not in ("embedded", "mock") and not has_blend(config.dataset)
+    return config.dataset.kind in ("records", "packed")
 
 
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     """A blend of indexed files if the settings name one, else what dataset.path or dataset.name says."""
     d, valid = config.dataset, config.validation.eval_iters > 0
-    if has_blend(d):
+    if d.kind == "blend":
         if d.path is not None:
             raise UserError(f"dataset.path={d.path} and a blend are two kinds of data; give one of them")
         seed = config.rng.seed if d.random_seed is None else d.random_seed
         return load_blend(d, seed, config.model.vocab_size, valid)
-    if d.name == "embedded":
+    if d.kind == "embedded":
         return EmbeddedText(tokenizer, d.seq_length, config.rng.seed, d.reset_attention_mask)
-    if d.name == "mock":
+    if d.kind == "mock":
         return MockTokens(config.model.vocab_size, d.seq_length, config.rng.seed)
     if not d.reset_attention_mask:
         raise UserError(
             "dataset.reset_attention_mask=false is for running text; supervised samples never see each other: drop it"
         )
-    if d.packed_path is not None:
+    if d.kind == "packed":
         splits, about = read_packed(config, valid), []
     else:
         splits, about = pack_samples(config, tokenizer)
@@ -144,7 +144,7 @@ def tokenizer_name(config: Config) -> str:
             "tokenizer.tokenizer_model: supervised data is text, and the checkpoint brings no tokenizer; give the "
             "model's, e.g. --tokenizer-model FOLDER"
         )
-    return "bytes" if config.dataset.name == "embedded" and not has_blend(config.dataset) else "none"
+    return "bytes" if config.dataset.kind == "embedded" else "none"
 
 
 def open_tokenizer(config: Config, name: str | None = None) -> Tokenizer:
