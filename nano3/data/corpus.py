@@ -18,7 +18,7 @@ from nano3.data.packing import WINDOW, Packed, PackedFile, Rows, packed_files
 from nano3.data.row import Dataset, Windows
 from nano3.data.supervised import SupervisedOptions, load_supervised
 from nano3.data.tiktoken_vocab import TiktokenOptions
-from nano3.data.tokenizer import Tokenizer, load_tokenizer
+from nano3.data.tokenizer import Tokenizer, load_tokenizer, usable
 
 VALID_EVERY = 20  # of the embedded files, in their fixed order, every 20th is validation
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -148,7 +148,7 @@ def tokenizer_name(config: Config) -> str:
 
 
 def open_tokenizer(config: Config, name: str | None = None) -> Tokenizer:
-    """The tokenizer of the settings, or the one called `name`."""
+    """The tokenizer of the settings, or the one called `name`, with as many of the settings as are for such a one."""
     t = config.tokenizer
     options = TiktokenOptions(
         pattern=t.pattern,
@@ -156,4 +156,6 @@ def open_tokenizer(config: Config, name: str | None = None) -> Tokenizer:
         num_special_tokens=t.num_special_tokens,
         vocab_size=t.vocab_size,
     )
-    return load_tokenizer(name or tokenizer_name(config), config.model.vocab_size, options)
+    if name is not None:
+        return load_tokenizer(name, config.model.vocab_size, usable(name, options))
+    return load_tokenizer(tokenizer_name(config), config.model.vocab_size, options)
