@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from nano3.config import KINDS, Config, UserError, keys_of, merge, nearest, schema
+from nano3.idle import UNITS, refuse_idle
 from nano3.presets import DEFAULT, PRESETS, layers
 
 ALIASES = {  # what NVIDIA's commands say -> what it is here
@@ -25,7 +26,6 @@ ALIASES = {  # what NVIDIA's commands say -> what it is here
     "peft.dim": "peft.rank",
     "ddp.grad_reduce_in_fp32": "parallel.grad_reduce_in_fp32",
 }
-UNITS = ("iters", "samples", "tokens", "fraction")
 LENGTHS = ["train.train", "scheduler.lr_warmup", "scheduler.lr_decay", "scheduler.lr_wsd_decay"]
 
 
@@ -106,6 +106,8 @@ def resolve(args: argparse.Namespace) -> tuple[Config, str]:
         node = merge(node, layer, source)
     config = OmegaConf.to_object(node)
     validate(config)
+    typed = [OmegaConf.create(layer) for source, layer in asked if source == "command line"]
+    refuse_idle(config, {k for k in keys_of(Config) if any(OmegaConf.select(t, k) is not None for t in typed)})
     return config, name
 
 
@@ -193,7 +195,7 @@ def validate(config: Config) -> None:
     config.model.validate()
     config.peft.validate()
     _one_of("mode", config.mode, list(DEFAULT))
-    t, s, d, v = config.train, config.scheduler, config.dataset, config.validation
+    t, s, d = config.train, config.scheduler, config.dataset
     if t.train_iters is None and t.train_samples is None and t.train_tokens is None:
         raise UserError("train: how long? Set train.train_iters, train.train_samples or train.train_tokens")
     for section, key in [
@@ -213,6 +215,11 @@ def validate(config: Config) -> None:
         *(("optimizer", k) for k in ("lr", "min_lr", "weight_decay", "clip_grad")),
     ]:
         _at_least(config, section, key, 0)
+    for stem, least in (("lr_warmup", 0), ("lr_decay", 1), ("lr_wsd_decay", 0)):
+        for key in (f"{stem}_{unit}" for unit in UNITS[:3]):
+            if getattr(s, key) is not None:
+                _at_least(config, "scheduler", key, least)
+    _at_least(config, "scheduler", "lr_warmup_init", 0)
     _at_least(config, "checkpoint", "save_interval", -1)
     for key in ("tp", "ep", "pp", "cp", "virtual_pp"):
         _at_least(config, "parallel", key, 1)
@@ -278,8 +285,6 @@ def validate(config: Config) -> None:
             _one_of("train.recompute", kind, kinds)
     if config.recompute >= {"mamba", "conv"}:
         raise UserError("train.recompute names mamba and conv, which is a part of it; drop conv")
-    if v.eval_iters == 0 and v.eval_interval and v.sample_prompt is not None:
-        raise UserError("validation.sample_prompt is set, but validation.eval_iters=0 never evaluates; drop one")
     if (config.logger.wandb_entity or config.logger.wandb_exp_name) and not config.logger.wandb_project:
         raise UserError("logger.wandb_entity and logger.wandb_exp_name need logger.wandb_project=NAME")
 
@@ -289,17 +294,6 @@ def _check_data(config: Config) -> None:
     d, own = config.dataset, ["embedded", "mock"]
     if config.mode == "pretrain":
         _one_of("dataset.name", d.name, own)
-        for key in (
-            "path",
-            "subset",
-            "columns",
-            "packed_sequence",
-            "packed_path",
-            "chat_template",
-            "chat_template_kwargs",
-        ):
-            if value := getattr(d, key):
-                raise UserError(f"dataset.{key}={value} is for supervised data: use --mode finetune, or drop it")
     elif d.path is not None and d.name in own:
         raise UserError(f"dataset.path={d.path} and dataset.name={d.name} are two kinds of data; give one of them")
     for key, known in [

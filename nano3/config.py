@@ -292,7 +292,7 @@ class SchedulerConfig:
     lr_warmup_iters: int | None = None
     lr_warmup_samples: int | None = None
     lr_warmup_tokens: int | None = None
-    lr_warmup_fraction: float | None = None  # of the run
+    lr_warmup_fraction: float | None = None  # of lr_decay_*, so of the run where that is not set
     lr_decay_iters: int | None = None  # where min_lr is reached; default: the end of the run
     lr_decay_samples: int | None = None
     lr_decay_tokens: int | None = None
@@ -301,6 +301,10 @@ class SchedulerConfig:
     lr_wsd_decay_samples: int | None = None
     lr_wsd_decay_tokens: int | None = None
     lr_wsd_decay_fraction: float | None = None  # the same as a fraction of the run
+
+
+BLEND_FORMS = ("blend", "data_paths", "data_args_path", "per_split_data_args_path", "blend_per_split")
+BLEND_PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 
 
 @dataclass(kw_only=True)
@@ -322,7 +326,7 @@ class DatasetConfig:
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     truncation: str = "right"  # the side of a prompt that is cut when it does not fit
     on_error: str = "raise"  # a malformed record ends the run, or skip: is counted and passed over
-    val_proportion: float = 0.1  # held out where the data brings no validation split
+    val_proportion: float = 0.1  # held out, evaluated on or not, where the data brings no validation split
     seed: int = 5678  # of the order of samples, their packing, and what is held out
     # blends of Megatron .bin/.idx files; a run gives one of these forms (docs/data.md)
     blend: Any = None  # PREFIX, [PREFIX, …], [WEIGHT, PREFIX, …] or [[PREFIX, …], [WEIGHT, …]]
@@ -336,6 +340,15 @@ class DatasetConfig:
     split: str = "9999,8,2"  # shares of train, valid and test in each file, where the form does not name them
     path_to_cache: str | None = None  # folder for index files; None: nano3_index beside the data
     random_seed: int | None = None  # of the order of samples; None: rng.seed
+
+    @property
+    def kind(self) -> str:
+        """What the settings mean: blend, embedded, mock, packed (rows packed in advance) or records."""
+        if any(getattr(self, name) is not None for name in BLEND_FORMS + BLEND_PATHS):
+            return "blend"
+        if self.name in ("embedded", "mock"):
+            return self.name
+        return "records" if self.packed_path is None else "packed"
 
 
 @dataclass(kw_only=True)
@@ -356,7 +369,8 @@ class ValidationConfig:
     eval_iters: int = 32  # global batches per evaluation; 0 never evaluates
     sample_tokens: int = 200  # length of the continuation printed at each evaluation; 0 prints none
     sample_prompt: str | None = None  # None: a prompt that suits the data
-    answer_samples: int = 16  # questions of SQuAD answered greedily at each evaluation, for exact match and F1; 0: none
+    # questions answered greedily at each evaluation, for exact match and F1, if the data is SQuAD; 0: none
+    answer_samples: int = 16
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ import torch
 
 from nano3.cli import difference, parser, resolve, to_yaml
 from nano3.config import Config, ModelConfig, UserError
+from nano3.model import generate
 from nano3.presets import PRESETS
 from nano3.train.loop import check_kernels
 from tests.train.small import SHRINK
@@ -145,6 +146,13 @@ def test_the_script_ends_with_status_2_and_no_traceback(run_script, args: list[s
     assert "Traceback" not in done.stderr + done.stdout
     assert done.stderr.startswith("train.py: error: ")
     assert part in done.stderr
+
+
+def test_generating_names_its_own_flag(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["generate", "--checkpoint", "x", "--prompt", "x", "--device", "cuda"])
+    assert generate.main() == 2
+    assert capsys.readouterr().err == "generate: error: --device cuda: PyTorch sees no GPU here; use --device cpu\n"
 
 
 def test_dry_run_prints_the_plan_and_stops(run_script) -> None:

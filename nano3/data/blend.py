@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from nano3.config import DatasetConfig, UserError
+from nano3.config import BLEND_FORMS, BLEND_PATHS, DatasetConfig, UserError
 from nano3.data.indexed import IndexedDataset
 from nano3.data.row import Windows
 from nano3.data.sampling import Cache, Samples, check_vocabulary, parse_split, split_documents
@@ -35,8 +35,6 @@ from nano3.data.sampling import Cache, Samples, check_vocabulary, parse_split, s
 T = TypeVar("T")
 
 SPLITS = ("train", "valid", "test")
-FORMS = ("blend", "data_paths", "data_args_path", "per_split_data_args_path", "blend_per_split")
-PATHS = ("train_data_path", "valid_data_path", "test_data_path")
 BLOCK = 1 << 20  # samples whose sources are worked out at a time
 
 
@@ -129,8 +127,8 @@ def read_blend(config: DatasetConfig) -> dict[str, list[Source]] | list[Source]:
 
     Raises UserError if two forms are given, or one is wrong.  Of the .bin/.idx files, only existence is checked.
     """
-    given = [k for k in FORMS if getattr(config, k) is not None]
-    paths = [k for k in PATHS if getattr(config, k) is not None]
+    given = [k for k in BLEND_FORMS if getattr(config, k) is not None]
+    paths = [k for k in BLEND_PATHS if getattr(config, k) is not None]
     if len(given) + bool(paths) > 1:
         raise UserError(
             f"{' and '.join(f'dataset.{k}' for k in given + paths)} each name the training data; give one of them"
@@ -140,7 +138,7 @@ def read_blend(config: DatasetConfig) -> dict[str, list[Source]] | list[Source]:
             raise UserError(f"dataset.{paths[0]} needs dataset.train_data_path beside it")
         return {
             s: parse_tokens(getattr(config, k), f"dataset.{k}") if k in paths else []
-            for s, k in zip(SPLITS, PATHS, strict=True)
+            for s, k in zip(SPLITS, BLEND_PATHS, strict=True)
         }
     value, name = getattr(config, given[0]), f"dataset.{given[0]}"
     if given[0] in ("blend", "data_paths"):
@@ -322,11 +320,6 @@ class BlendedDataset(Windows):
         blend, parts = self.splits[split]
         source, i = blend.locate(index)
         return read(parts[source], i)
-
-
-def has_blend(config: DatasetConfig) -> bool:
-    """Do the settings name indexed files?"""
-    return any(getattr(config, k) is not None for k in FORMS + PATHS)
 
 
 def load_blend(config: DatasetConfig, seed: int, vocab_size: int, valid: bool) -> BlendedDataset:

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from nano3.config import Config, UserError
-from nano3.data.blend import has_blend, load_blend
+from nano3.data.blend import load_blend
 from nano3.data.packing import WINDOW, Packed, PackedFile, Rows, packed_files
 from nano3.data.row import Dataset, Windows
 from nano3.data.supervised import SupervisedOptions, load_supervised
 from nano3.data.tiktoken_vocab import TiktokenOptions
-from nano3.data.tokenizer import Tokenizer, load_tokenizer
+from nano3.data.tokenizer import Tokenizer, load_tokenizer, usable
 
 VALID_EVERY = 20  # of the embedded files, in their fixed order, every 20th is validation
 SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
@@ -88,26 +88,26 @@ class MockTokens(Windows):
 
 def is_supervised(config: Config) -> bool:
     """Do the settings mean prompts with answers, or conversations?"""
-    return config.dataset.name not in ("embedded", "mock") and not has_blend(config.dataset)
+    return config.dataset.kind in ("records", "packed")
 
 
 def load_dataset(config: Config, tokenizer: Tokenizer) -> Dataset:
     """A blend of indexed files if the settings name one, else what dataset.path or dataset.name says."""
     d, valid = config.dataset, config.validation.eval_iters > 0
-    if has_blend(d):
+    if d.kind == "blend":
         if d.path is not None:
             raise UserError(f"dataset.path={d.path} and a blend are two kinds of data; give one of them")
         seed = config.rng.seed if d.random_seed is None else d.random_seed
         return load_blend(d, seed, config.model.vocab_size, valid)
-    if d.name == "embedded":
+    if d.kind == "embedded":
         return EmbeddedText(tokenizer, d.seq_length, config.rng.seed, d.reset_attention_mask)
-    if d.name == "mock":
+    if d.kind == "mock":
         return MockTokens(config.model.vocab_size, d.seq_length, config.rng.seed)
     if not d.reset_attention_mask:
         raise UserError(
             "dataset.reset_attention_mask=false is for running text; supervised samples never see each other: drop it"
         )
-    if d.packed_path is not None:
+    if d.kind == "packed":
         splits, about = read_packed(config, valid), []
     else:
         splits, about = pack_samples(config, tokenizer)
@@ -144,11 +144,11 @@ def tokenizer_name(config: Config) -> str:
             "tokenizer.tokenizer_model: supervised data is text, and the checkpoint brings no tokenizer; give the "
             "model's, e.g. --tokenizer-model FOLDER"
         )
-    return "bytes" if config.dataset.name == "embedded" and not has_blend(config.dataset) else "none"
+    return "bytes" if config.dataset.kind == "embedded" else "none"
 
 
 def open_tokenizer(config: Config, name: str | None = None) -> Tokenizer:
-    """The tokenizer of the settings, or the one called `name`."""
+    """The tokenizer of the settings, or the one called `name`, with as many of the settings as are for such a one."""
     t = config.tokenizer
     options = TiktokenOptions(
         pattern=t.pattern,
@@ -156,4 +156,6 @@ def open_tokenizer(config: Config, name: str | None = None) -> Tokenizer:
         num_special_tokens=t.num_special_tokens,
         vocab_size=t.vocab_size,
     )
-    return load_tokenizer(name or tokenizer_name(config), config.model.vocab_size, options)
+    if name is not None:
+        return load_tokenizer(name, config.model.vocab_size, usable(name, options))
+    return load_tokenizer(tokenizer_name(config), config.model.vocab_size, options)

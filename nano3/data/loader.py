@@ -7,8 +7,15 @@ anywhere without reading what came before.
 
 from __future__ import annotations
 
+import atexit
+import functools
+import itertools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing.synchronize import Semaphore
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from nano3.config import UserError
 from nano3.data.row import PADDING, Dataset
 
 
@@ -76,6 +84,16 @@ class _Rows:
         return Batch(tokens, labels, seq_idx, None if real.all() else real)
 
 
+class _Answers(_Rows):
+    """The same in a worker process, where a UserError is a value: raised there, it would come as a traceback."""
+
+    def __getitem__(self, samples: range) -> Batch | UserError:
+        try:
+            return super().__getitem__(samples)
+        except UserError as error:
+            return error
+
+
 def micro_batches(data: Dataset, split: str, first: int, place: Place) -> list[Batch]:
     """This rank's share of one global batch."""
     rows = _Rows(data, split)
@@ -100,22 +118,31 @@ def stream(data: Dataset, split: str, first: int, place: Place, workers: int = 0
         while True:
             yield micro_batches(data, split, first, place)
             first += place.batch
+    over = multiprocessing.Semaphore(0)
     loader = DataLoader(
-        _Rows(data, split),
+        _Answers(data, split),
         batch_size=None,  # the sampler names whole micro-batches
         sampler=asked(),
         num_workers=workers,
         prefetch_factor=max(2, -(-2 * count // workers)),  # two steps ahead
         pin_memory=pin,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=functools.partial(_obey_the_trainer, over),
     )
     batches = iter(loader)
+    for _ in range(workers):
+        atexit.register(over.release)  # before what DataLoader and multiprocessing do when this process ends
     while True:
-        yield [next(batches) for _ in range(count)]
+        made = list(itertools.islice(batches, count))
+        for batch in made:
+            if isinstance(batch, UserError):
+                raise batch
+        yield made
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal, and a scheduler's SIGTERM every one of a job; when to stop is the
-    trainer's decision."""
+def _obey_the_trainer(over: Semaphore, _: int) -> None:
+    """When to stop is the trainer's decision: Ctrl-C reaches every process of a terminal, and a scheduler's SIGTERM
+    every one of a job.  A worker that ignores SIGTERM must be told that the trainer has failed, which would otherwise
+    wait for it without end."""
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)
+    threading.Thread(target=lambda: over.acquire() and os._exit(0), daemon=True).start()

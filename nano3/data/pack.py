@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{path}: {len(rows):,} rows of {size:,} tokens, {efficiency(rows, size):.1%} of them real")
             elif path.exists():  # of an earlier call: it may hold what is trained on now
                 path.unlink()
-                print(f"{path}: removed, nothing is held out")
+                print(f"{path}: removed, since validation.eval_iters=0 asks for no validation rows")
     except (UserError, OSError) as error:
         print(f"pack: error: {error}", file=sys.stderr)
         return 2

@@ -37,6 +37,7 @@ from nano3.data.blend import SPLITS
 from nano3.data.indexed import IndexedWriter, token_dtype
 from nano3.data.sampling import parse_split
 from nano3.data.sources import HUB, Piece, Read, RecordError, cut, documents, find_inputs
+from nano3.data.tiktoken_vocab import NVIDIA, TiktokenOptions
 from nano3.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 REPORT_BYTES = 1 << 20  # of text between two messages of a worker
@@ -54,6 +55,7 @@ class Job:
     append_eod: bool
     split: str
     skip: bool  # broken records: leave them out, or stop
+    options: TiktokenOptions = NVIDIA
 
     def shard(self, number: int, split: str) -> str:
         return f"{self.prefix}-{number:05d}_{split}"
@@ -61,6 +63,17 @@ class Job:
     def record(self, number: int) -> Path:
         """The file that says that a piece is finished."""
         return Path(f"{self.prefix}.parts") / f"{number:05d}.json"
+
+
+def open_tokenizer(job: Job) -> Tokenizer:
+    try:
+        return load_tokenizer(job.tokenizer, 2**31, job.options)
+    except UserError as error:  # the settings of train.py are flags here
+        raise UserError(re.sub(r"tokenizer\.(\w+)", lambda m: _flag(m[1]), str(error))) from None
+
+
+def _flag(setting: str) -> str:
+    return "--tokenizer-" + setting.removeprefix("tokenizer_").replace("_", "-")
 
 
 def convert(
@@ -151,7 +164,7 @@ def work(job: Job, tasks: multiprocessing.Queue, results: multiprocessing.Queue)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        tokenizer = load_tokenizer(job.tokenizer, 2**31)
+        tokenizer = open_tokenizer(job)
         while (task := tasks.get()) is not None:
             results.put(
                 ("done", task[0], convert(job, *task, tokenizer, lambda *done: results.put(("progress", *done))))
@@ -235,6 +248,19 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--output-prefix", required=True, metavar="P", help="writes P-00000_train.bin/.idx … and P.json")
     p.add_argument("--tokenizer-model", required=True, metavar="PATH", help="as for train.py")
+    for setting, kind, what in (
+        ("pattern", str, "how a tiktoken vocabulary cuts text: v1, v2, gpt2, cl100k or o200k"),
+        ("num_special_tokens", int, "ids before the first rank of NVIDIA's vocabulary JSON (default: 1000)"),
+        ("vocab_size", int, "where the ids of NVIDIA's vocabulary JSON end (default: 131072)"),
+    ):
+        p.add_argument(
+            _flag(setting),
+            type=kind,
+            default=getattr(NVIDIA, setting),
+            metavar="X",
+            help=f"tokenizer.{setting}: {what}",
+        )
+    p.add_argument(_flag("special_tokens"), nargs="+", metavar="X", help="tokenizer.special_tokens: the first of them")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: CPUs)")
     p.add_argument("--append-eod", action="store_true", help="end each document with the tokenizer's eod")
     p.add_argument("--json-key", default="text", metavar="NAME", help="key or column of the text (default: text)")
@@ -257,13 +283,15 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Pat
         raise UserError(str(error).replace("dataset.split=", "--split ")) from None
     prefix = os.path.abspath(args.output_prefix)
     read = Read(args.json_key, args.dataset_config, args.dataset_split)
-    job = Job(prefix, args.tokenizer_model, read, args.append_eod, args.split, args.on_error == "skip")
+    given = {k: getattr(args, f"tokenizer_{k}") for k in vars(NVIDIA)}
+    options = TiktokenOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    job = Job(prefix, args.tokenizer_model, read, args.append_eod, args.split, args.on_error == "skip", options)
     inputs = find_inputs(args.input)
     try:
         pieces = [p for path in inputs for p in cut(path, args.shard_mb * 1_000_000, read)]
         if not pieces:
             raise UserError(f"--input {' '.join(args.input)}: every file is empty")
-        tokenizer = load_tokenizer(job.tokenizer, 2**31)
+        tokenizer = open_tokenizer(job)
         job.record(0).parent.mkdir(parents=True, exist_ok=True)
         with _only_one(job):
             _same_job(job, tokenizer, inputs, args.shard_mb)
@@ -301,10 +329,11 @@ def _only_one(job: Job):
 def _same_job(job: Job, tokenizer: Tokenizer, inputs: list[str], shard_mb: int) -> None:
     """Write down what makes the pieces, or compare it with what an earlier run wrote."""
     files = {p: [(s := Path(p).stat()).st_size, s.st_mtime_ns] for p in inputs if not p.startswith(HUB)}
+    given = [[k, v] for k, v in vars(job.options).items() if v != getattr(NVIDIA, k)]
     key = {
         "version": 1,
         "inputs": {p: files.get(p) for p in inputs},
-        "tokenizer": [tokenizer.vocab_size, tokenizer.eod, list(tokenizer.encode(PROBE))],
+        "tokenizer": [tokenizer.vocab_size, tokenizer.eod, list(tokenizer.encode(PROBE)), *given],
         "read": asdict(job.read),
         "append_eod": job.append_eod,
         "split": job.split,
@@ -318,7 +347,7 @@ def _same_job(job: Job, tokenizer: Tokenizer, inputs: list[str], shard_mb: int) 
         return _write_json(path, key)
     except ValueError:
         before = {}
-    if different := [k for k in key if before.get(k) != key[k]]:
+    if different := [k for k, now in json.loads(json.dumps(key)).items() if before.get(k) != now]:
         raise UserError(
             f"--output-prefix {job.prefix}: holds the work of another command, which differs in "
             f"{', '.join(different)}; choose another prefix, or delete {path.parent} to begin anew"

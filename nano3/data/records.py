@@ -48,10 +48,10 @@ def parse(line: bytes, place: str) -> Record | RecordError:
     return record
 
 
-def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Record]]:
+def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str, Record]] | None:
     """The rows of one split of a data set of the `datasets` package: a hub id, or a folder that it can read.
 
-    Loads before it returns, so that what is missing is said at once.
+    None if it has no such split.  Loads before it returns, so that what is missing is said at once.
     """
     try:
         import datasets
@@ -60,14 +60,16 @@ def hub_records(name: str, subset: str | None, split: str) -> Iterator[tuple[str
             f"dataset.name={name} needs the datasets package: pip install datasets; or give dataset.path, a local file"
         ) from None
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # no network, no such id, no such split: its messages say which
+        splits = datasets.load_dataset(name, subset)  # all: it prepares all of them to give one, and says which exist
+    except Exception as error:  # no network, no such id, no such subset: its messages say which
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"dataset.name={name} (split {split}) could not be loaded: {reason}; "
             "a local file works offline: dataset.path=FILE"
         ) from None
-    return ((f"{name}[{split}][{i}]", row) for i, row in enumerate(rows))
+    if split not in splits:
+        return None
+    return ((f"{name}[{split}][{i}]", row) for i, row in enumerate(splits[split]))
 
 
 def rename(record: Record, columns: dict[str, str], place: str) -> Record:

@@ -139,6 +139,9 @@ def chat_sample(encoded: Encoded, seq_length: int, tally: Tally, whole_turns: bo
     return sample
 
 
+PROMPT, CONVERSATION = {"input", "output"}, {"messages", "tools"}  # fields of the two forms that have columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class SupervisedOptions:
     """Which data, and how it becomes samples.  Names are those of the settings dataset.NAME."""
@@ -162,8 +165,18 @@ class SupervisedOptions:
                 raise UserError(f"dataset.{name}={value} is unknown; use {' or '.join(allowed)}")
         if not 0 <= self.val_proportion < 1:
             raise UserError(f"dataset.val_proportion={self.val_proportion} must be at least 0 and below 1")
-        if unknown := sorted(set(self.columns) - {"input", "output", "messages", "tools"}):
+        given = set(self.columns)
+        if unknown := sorted(given - PROMPT - CONVERSATION):
             raise UserError(f"dataset.columns has the unknown fields {unknown}; use input, output, messages and tools")
+        if empty := [field for field, column in self.columns.items() if not column]:
+            raise UserError(
+                f"dataset.columns.{empty[0]}={self.columns[empty[0]]!r} names no column; name one, or drop {empty[0]}"
+            )
+        if given & PROMPT and given & CONVERSATION:
+            raise UserError(
+                f"dataset.columns={self.columns} maps both prompts (input, output) and conversations (messages, "
+                "tools); a record is learnt as one of them: drop the other"
+            )
 
 
 Places = Iterator[tuple[str, Record | RecordError]]
@@ -203,16 +216,14 @@ def open_file(path: Path) -> Places:
 
 def _open_hub(options: SupervisedOptions, split: str) -> Places | None:
     name = HUB_ID if options.name == "squad" else options.name
-    if split == "train" or options.name == "squad":
-        return hub_records(name, options.subset, split)
-    try:
-        return hub_records(name, options.subset, split)
-    except UserError:
-        return None  # its train split could be loaded, so what is missing is this one
+    records = hub_records(name, options.subset, split)
+    if records is None and (split == "train" or options.name == "squad"):
+        raise UserError(f"dataset.name={name} has no {split} split; give another data set, or files by dataset.path")
+    return records
 
 
 class Reader:
-    """Records to samples.  The form of a record is told from its fields."""
+    """Records to samples.  The form of a record is what dataset.columns maps, or else is told from its fields."""
 
     def __init__(self, tokenizer: Tokenizer, seq_length: int, options: SupervisedOptions) -> None:
         options.validate()
@@ -226,11 +237,12 @@ class Reader:
         o = self.options
         if o.columns:
             record = rename(record, o.columns, place)
-        if "messages" in record or "conversations" in record:
+        asked = PROMPT & set(o.columns)
+        if not asked and ({"messages", "conversations"} & set(record) or o.columns):
             return chat_sample(self.chat.encode(record, place), self.seq_length, tally, o.loss_mode != "full")
-        if "input" not in record and {"context", "question", "answers"} <= set(record):
+        if not asked and "input" not in record and {"context", "question", "answers"} <= set(record):
             record = squad_record(record, place)
-        if not {"input", "output"} & set(record):
+        if not PROMPT & set(record):
             raise RecordError(
                 f"{place}: expected 'input' and 'output', or 'messages', or SQuAD's fields; there are "
                 f"{', '.join(map(repr, record)) or 'none'}.  dataset.columns maps others to these"
@@ -277,25 +289,29 @@ def load_supervised(
 ) -> dict[str, Samples]:
     """The samples of `train` and, if `valid`, of `valid`, tokenized; `log` gets a line about each.
 
+    What is held out does not depend on `valid`: a run without evaluation trains on what one with it trains on.
     Raises UserError if the data is not there or no sample is left.
     """
     reader = Reader(tokenizer, seq_length, options)
     found: dict[str, Samples] = {}
-    for ours, theirs in (("train", "train"), ("valid", "validation"))[: 1 + valid]:
-        records = open_split(options, theirs)
+    train, validation = (open_split(options, split) for split in ("train", "validation"))
+    for split, records in (("train", train), ("valid", validation if valid else None)):
         if records is None:
             continue
         tally = Tally()
-        found[ours] = collect(reader.read(records, tally))
-        log(f"{ours}: {tally.report()}")
-        if not len(found[ours]):
+        found[split] = collect(reader.read(records, tally))
+        log(f"{split}: {tally.report()}")
+        if not len(found[split]):
             raise UserError(
-                f"dataset.path={options.path or options.name}: no sample is left for {ours} ({tally.report()}); "
+                f"dataset.path={options.path or options.name}: no sample is left for {split} ({tally.report()}); "
                 "look at dataset.seq_length and at the form of the records"
             )
-    if valid and "valid" not in found:
-        found["train"], found["valid"] = hold_out(found["train"], options.val_proportion, options.seed)
-        log(f"valid: {len(found['valid']):,} samples held out of train, by dataset.val_proportion")
+    if validation is None:
+        found["train"], held = hold_out(found["train"], options.val_proportion, options.seed)
+        if valid or len(held):
+            log(f"valid: {len(held):,} samples held out of train, by dataset.val_proportion")
+        if valid:
+            found["valid"] = held
     return found
 
 

@@ -110,7 +110,8 @@ def load_nvidia(path: Path, options: TiktokenOptions = NVIDIA) -> TiktokenTokeni
         raise UserError(f"{setting}: not a JSON file ({error})") from None
     if not isinstance(entries, list):
         raise UserError(f"{setting}: expected a list of tokens, found {type(entries).__name__}")
-    given, count = options.special_tokens or NVIDIA_SPECIALS, options.num_special_tokens
+    given = NVIDIA_SPECIALS if options.special_tokens is None else options.special_tokens
+    count = options.num_special_tokens
     if len(given) > count or len(set(given)) < len(given) or "</s>" not in given:
         raise UserError(
             f"tokenizer.special_tokens={list(given)}: give at most tokenizer.num_special_tokens={count} different "
@@ -160,6 +161,8 @@ def load_openai(path: Path, options: TiktokenOptions = NVIDIA) -> TiktokenTokeni
             f"{setting}: {len(ranks)} ranks are none of the published vocabularies, so how it cuts text must be said: "
             f"set tokenizer.pattern to one of {', '.join(PATTERNS)}"
         )
+    if options.special_tokens == ():
+        raise UserError("tokenizer.special_tokens=[]: the first of them ends a document: name it, or drop the setting")
     if options.special_tokens or known is None:
         first = max(ranks.values()) + 1
         specials = {s: first + i for i, s in enumerate(options.special_tokens or ("<|endoftext|>",))}

@@ -209,11 +209,20 @@ def as_text(encode: Callable[[str], list[int]], text: str, specials: dict[str, i
 def load_tokenizer(name: str, model_vocab: int, options: TiktokenOptions = NVIDIA) -> Tokenizer:
     """`bytes`, `none` (bare ids), or a file, folder or hub id, told apart by content; `options` are for tiktoken files.
 
-    Raises UserError if there is no tokenizer, its package is missing, or its ids do not fit the model's vocabulary.
+    Raises UserError if there is no tokenizer, its package is missing, its ids do not fit the model's vocabulary, or it
+    has no use for one of the options.
     """
-    if name == "none":
+    kind, path = _find(name)
+    for option, value in vars(options).items():
+        if value != getattr(NVIDIA, option) and option not in TAKES.get(kind, ()):
+            files = " or ".join(FILES[k] for k, taken in TAKES.items() if option in taken)
+            shown = list(value) if isinstance(value, tuple) else value
+            raise UserError(
+                f"tokenizer.{option}={shown} is for {files}, which tokenizer.tokenizer_model={name} is not: drop it"
+            )
+    if kind == "none":
         return IdTokenizer(model_vocab)
-    tokenizer = ByteTokenizer() if name == "bytes" else _open(name, options)
+    tokenizer = ByteTokenizer() if kind == "bytes" else OPENERS[kind](path, options)
     if tokenizer.vocab_size > model_vocab:
         raise UserError(
             f"tokenizer.tokenizer_model={name}: its {tokenizer.vocab_size} ids exceed model.vocab_size={model_vocab}; "
@@ -222,36 +231,50 @@ def load_tokenizer(name: str, model_vocab: int, options: TiktokenOptions = NVIDI
     return tokenizer
 
 
-def _open(name: str, options: TiktokenOptions) -> Tokenizer:
+def usable(name: str, options: TiktokenOptions) -> TiktokenOptions:
+    """Those of the options that the tokenizer has a use for; the defaults in place of the others."""
+    kind, _ = _find(name)
+    return TiktokenOptions(**{k: v for k, v in vars(options).items() if k in TAKES.get(kind, ())})
+
+
+def _find(name: str) -> tuple[str, str]:
+    """`bytes`, `none` or which of OPENERS a name is for, and what that is to open."""
+    if name in ("bytes", "none"):
+        return name, name
     path = Path(name)
     if path.is_dir():
         if not any((path / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
             found = [f for f in sorted(path.iterdir()) if f.is_file() and kind_of(f) is not None]
             if len(found) == 1:
-                return _open(str(found[0]), options)
+                return kind_of(found[0]), str(found[0])
             if len(found) > 1:
                 raise UserError(
                     f"tokenizer.tokenizer_model={name}: the folder holds several tokenizers "
                     f"({', '.join(f.name for f in found)}); name the file"
                 )
-        return HuggingFaceTokenizer(name)
+        return "hugging face", name
     if not path.exists():
-        return HuggingFaceTokenizer(name)
+        return "hugging face", name
     kind = kind_of(path)
     if kind is None:
         raise UserError(
             f"tokenizer.tokenizer_model={name}: no tokenizer could be read there (neither JSON, nor lines of base64 "
             f"and rank, nor a SentencePiece model); {ACCEPTED}"
         )
-    return OPENERS[kind](path, options)
+    return kind, name
 
 
-OPENERS: dict[str, Callable[[Path, TiktokenOptions], Any]] = {
-    "hugging face": lambda path, options: HuggingFaceTokenizer(str(path)),
-    "nvidia": load_nvidia,
-    "openai": load_openai,
-    "sentencepiece": lambda path, options: SentencePieceTokenizer(str(path)),
+OPENERS: dict[str, Callable[[str, TiktokenOptions], Any]] = {
+    "hugging face": lambda path, options: HuggingFaceTokenizer(path),
+    "nvidia": lambda path, options: load_nvidia(Path(path), options),
+    "openai": lambda path, options: load_openai(Path(path), options),
+    "sentencepiece": lambda path, options: SentencePieceTokenizer(path),
 }
+TAKES = {  # the options that a kind of file leaves open
+    "nvidia": ("pattern", "special_tokens", "num_special_tokens", "vocab_size"),
+    "openai": ("pattern", "special_tokens"),
+}
+FILES = {"nvidia": "NVIDIA's vocabulary JSON", "openai": "an OpenAI .tiktoken file"}
 
 
 def kind_of(path: Path) -> str | None:

@@ -104,6 +104,8 @@ def main() -> int:
         ]:
             if not ok:
                 raise UserError(f"--{name} {getattr(args, name.replace('-', '_'))} is out of range")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu")
         model, config = load_model(args.checkpoint, "--checkpoint", pick_device(args.device, 0))
         tokenizer = open_tokenizer(config, args.tokenizer_model)
         prompt = tokenizer.encode(args.prompt)

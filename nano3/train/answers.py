@@ -35,8 +35,10 @@ class Score(NamedTuple):
 
 
 def is_squad(config: Config) -> bool:
-    """Do the settings mean SQuAD, or a file in its form?"""
+    """Do the settings mean SQuAD, or a file in its form?  What rows packed in advance were made of is not known."""
     d = config.dataset
+    if d.packed_path is not None:
+        return False
     own = d.path is None or Path(d.path).suffix == ".json" or any(Path(d.path).glob("train-v*.json"))
     return is_supervised(config) and d.name == "squad" and own
 

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from nano3.config import Config, UserError
 
 
-def in_samples(config: Config, stem: str, default: int) -> int:
-    """The length scheduler.STEM_{iters,samples,tokens,fraction} in samples; `default` if none is set."""
-    s, run = config.scheduler, config.iterations * config.train.global_batch_size
+def in_samples(config: Config, stem: str, default: int, whole: int) -> int:
+    """The length scheduler.STEM_{iters,samples,tokens,fraction} in samples; `default` if none is set.
+
+    whole: the samples that a fraction is a fraction of.
+    """
+    s = config.scheduler
     if (n := getattr(s, f"{stem}_iters")) is not None:
         return n * config.train.global_batch_size
     if (n := getattr(s, f"{stem}_samples")) is not None:
@@ -18,7 +21,7 @@ def in_samples(config: Config, stem: str, default: int) -> int:
     if (n := getattr(s, f"{stem}_tokens")) is not None:
         return n // config.dataset.seq_length
     fraction = getattr(s, f"{stem}_fraction", None)
-    return default if fraction is None else round(fraction * run)
+    return default if fraction is None else round(fraction * whole)
 
 
 DECAY: dict[str, Callable[[float], float]] = {  # r from 0 to 1 -> share of (lr - min_lr) that is left
@@ -34,12 +37,15 @@ def learning_rate(config: Config) -> Callable[[int], float]:
 
     Linear warm-up from lr_warmup_init to lr; then `constant`; or `linear` and `cosine` from the end of the warm-up to
     lr_decay (default: the end of the run); or WSD, constant until the last lr_wsd_decay and then down by
-    lr_wsd_decay_style.  After lr_decay it stays at min_lr.  Raises UserError if the lengths do not fit into each other.
+    lr_wsd_decay_style.  After lr_decay it stays at min_lr.  lr_warmup_fraction is a fraction of lr_decay, as in
+    Megatron; lr_wsd_decay_fraction, which Megatron has not, of the run.  Raises UserError if the lengths do not fit
+    into each other.
     """
     o, s = config.optimizer, config.scheduler
-    warmup = in_samples(config, "lr_warmup", 0)
-    end = in_samples(config, "lr_decay", config.iterations * config.train.global_batch_size)
-    wsd = in_samples(config, "lr_wsd_decay", 0)
+    run = config.iterations * config.train.global_batch_size
+    end = in_samples(config, "lr_decay", run, run)
+    warmup = in_samples(config, "lr_warmup", 0, end)
+    wsd = in_samples(config, "lr_wsd_decay", 0, run)
     constant = s.lr_decay_style == "constant"
     if not constant and warmup >= end:
         raise UserError(

@@ -1,6 +1,7 @@
 """Every form of blend means what it says, every slip is refused by name, and proportions hold at every prefix."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,11 @@ import torch
 from nano3.cli import parser, resolve
 from nano3.config import DatasetConfig, UserError
 from nano3.data import blend as module
+from nano3.data import sampling
 from nano3.data.blend import Blend, Source, load_blend, read_blend
 from nano3.data.corpus import load_dataset, tokenizer_name
 from nano3.data.indexed import IndexedDataset, IndexedWriter
-from nano3.data.loader import Place, micro_batches
+from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.sampling import Cache
 from nano3.data.tokenizer import load_tokenizer
 
@@ -284,6 +286,28 @@ def test_the_command_of_nvidias_page(folder: Path) -> None:
     whole = torch.cat([b.tokens for b in micro_batches(data, "train", 16, Place(8, 8))])
     parts = [b.tokens for r in range(4) for b in micro_batches(data, "train", 16, Place(8, 1, r, 4))]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(
+    ("first", "ranks", "micro", "workers"), [(17, 1, 3, 0), (20, 2, 2, 2), (33, 4, 3, 0), (39, 12, 1, 0)]
+)
+def test_a_run_goes_on_in_any_block_and_epoch_on_other_ranks(
+    first: int, ranks: int, micro: int, workers: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream that begins late, with nothing in memory, gives what one from the beginning gives there."""
+    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(sampling, "SMALL", 0)  # epochs come from the cache too
+
+    def batches(start: int, place: Callable[[int], Place], ranks: int, workers: int = 0) -> list[torch.Tensor]:
+        each = [
+            stream(load(blend=[2, "a", 5, "b", 3, "c"], split="1,1"), "train", 12 * start, place(r), workers)
+            for r in range(ranks)
+        ]
+        return [torch.cat([b.tokens for rows in each for b in next(rows)]) for _ in range(start, 42)]
+
+    whole = batches(0, lambda r: Place(12, 12), 1)
+    late = batches(first, lambda r: Place(12, micro, r, ranks), ranks, workers)
+    assert all(torch.equal(a, b) for a, b in zip(whole[first:], late, strict=True))
 
 
 @pytest.mark.parametrize(

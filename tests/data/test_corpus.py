@@ -1,5 +1,7 @@
 """Data: batches depend on (seed, step) alone; the splits do not meet; tokenizers come back to the text."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from nano3.config import UserError
 from nano3.data.corpus import EmbeddedText, MockTokens, load_dataset
 from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.tokenizer import ByteTokenizer, load_tokenizer
+from tests.conftest import ROOT
 from tests.train.small import small
 
 
@@ -110,6 +113,52 @@ def test_bare_ids() -> None:
     for bad in ("x", "3 50", "-1"):
         with pytest.raises(UserError, match="prompt"):
             t.encode(bad)
+
+
+class Spoilt(MockTokens):
+    """Mock data of which sample 9 cannot be read."""
+
+    error: Exception = UserError("x.bin: document 9 has the id 300")
+
+    def sample(self, split: str, index: int) -> np.ndarray:
+        if index == 9:
+            raise self.error
+        return super().sample(split, index)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_error_in_the_data_is_one_message_whoever_finds_it(workers: int) -> None:
+    data = Spoilt(100, 16, seed=0)
+    rows = stream(data, "train", 0, Place(4, 2), workers)
+    assert [len(next(rows)) for _ in range(2)] == [2, 2]  # nothing is said before its turn
+    with pytest.raises(UserError) as caught:
+        next(rows)
+    assert str(caught.value) == "x.bin: document 9 has the id 300"
+
+
+def test_a_mistake_of_ours_in_a_worker_keeps_its_traceback() -> None:
+    data = Spoilt(100, 16, seed=0)
+    data.error = ZeroDivisionError("by zero")
+    with pytest.raises(ZeroDivisionError, match="Traceback"):
+        next(stream(data, "train", 8, Place(4, 2), workers=1))
+
+
+FAILS = """
+from nano3.data.corpus import MockTokens
+from nano3.data.loader import Place, stream
+rows = stream(MockTokens(100, 16, 0), "train", 0, Place(4, 2), workers=2)
+def step():
+    batch = next(rows)
+    raise RuntimeError("out of memory")
+step()
+"""
+
+
+def test_a_run_that_fails_does_not_wait_for_its_workers() -> None:
+    """They ignore SIGTERM, which is how Python ends them, and the traceback keeps the stream that would."""
+    done = subprocess.run([sys.executable, "-c", FAILS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -103,8 +103,10 @@ def test_packed_files_train_as_packing_on_the_fly(tmp_path: Path, capsys: pytest
         )
     for one, two in zip(*batches, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True) if a is not None)
+    rows = (tmp_path / "packed" / "training.parquet").read_bytes()
     assert pack.main([*fly, "validation.eval_iters=0", "--output", str(tmp_path / "packed")]) == 0
-    assert "validation.parquet: removed" in capsys.readouterr().out  # all samples are trained on now
+    assert "validation.parquet: removed" in capsys.readouterr().out  # and what is trained on stays the same
     assert [p.name for p in (tmp_path / "packed").iterdir()] == ["training.parquet"]
+    assert (tmp_path / "packed" / "training.parquet").read_bytes() == rows
     assert pack.main([*args, "dataset=mock", "--output", str(tmp_path / "no")]) == 2
     assert "needs supervised data" in capsys.readouterr().err

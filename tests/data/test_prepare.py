@@ -1,5 +1,6 @@
 """Text becomes files whose ids decode to it; a kill costs one piece; every broken record is named by its place."""
 
+import base64
 import gzip
 import json
 import os
@@ -226,6 +227,31 @@ def test_a_temporary_that_goes_by_itself(tmp_path: Path, monkeypatch: pytest.Mon
     listed = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda p: [*listed(p), p / ".x-00000_train.bin.123.tmp", p / ".0.json.1.tmp"])
     assert sum(map(len, run(tmp_path, jsonl(tmp_path / "a.jsonl")).values())) == len(TEXTS)
+
+
+def test_a_vocabulary_is_read_with_the_settings_that_train_reads_it_with(tmp_path: Path) -> None:
+    """A file of bytes alone, whose pattern must be said, in this process and in workers."""
+    vocabulary = tmp_path / "bytes.tiktoken"
+    vocabulary.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    files = [jsonl(tmp_path / f"{i}.jsonl", TEXTS[i::2]) for i in range(2)]
+    tokens = ["--tokenizer-special-tokens", "<a>", "<end>"]
+
+    def ids(name: str, *more: str) -> list[int]:
+        args = ["--input", *map(str, files), "--output-prefix", str(tmp_path / name), "--append-eod", "--split", "1"]
+        path = prepare(parser().parse_args([*args, "--tokenizer-model", str(vocabulary), *more]), lambda line: None)
+        listed = read_blend(DatasetConfig(per_split_data_args_path=str(path)))["train"]
+        return [int(i) for s in listed for i in IndexedDataset(s.prefix).tokens]
+
+    for workers in ("1", "2"):
+        found = ids(workers, "--workers", workers, "--tokenizer-pattern", "gpt2", *tokens)
+        assert (max(found), found.count(256)) == (256, len(TEXTS))  # <a> ends a document
+        assert ids(workers, "--workers", workers, "--tokenizer-pattern", "gpt2", *tokens) == found  # the same command
+        with pytest.raises(UserError, match="work of another command, which differs in tokenizer"):
+            ids(workers, "--workers", workers, "--tokenizer-pattern", "v2", *tokens)
+        with pytest.raises(UserError, match=r"^--tokenizer-model=.*set --tokenizer-pattern to one of"):
+            ids("none", "--workers", workers)
+        with pytest.raises(UserError, match=r"^--tokenizer-num-special-tokens=5 is for NVIDIA's"):
+            ids("none", "--workers", workers, "--tokenizer-num-special-tokens", "5")
 
 
 def test_only_its_own_temporaries_are_removed(tmp_path: Path) -> None:

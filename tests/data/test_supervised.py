@@ -130,6 +130,24 @@ def test_input_and_output() -> None:
         one({"a": "4"}, columns={"input": "q"})
 
 
+def test_columns_say_which_form_a_record_has(chat_tokenizer: Tokenizer) -> None:
+    chat = [user("Hi"), said("Hello.")]
+    record = {**ROW, "messages": chat, "conversations": chat, "input": "i", "output": "o", "q": "2 + 2 =", "a": "4"}
+    record["chat"] = [user("Bye"), said("Goodbye.")]
+    for columns, expected in (
+        ({}, "Hello.<|im_end|>"),
+        ({"input": "q", "output": "a"}, " 4</s>"),
+        ({"output": "a"}, " 4</s>"),
+        ({"messages": "chat"}, "Goodbye.<|im_end|>"),
+    ):
+        sample, _ = one(record, tokenizer=chat_tokenizer, columns=columns)
+        assert learnt(sample, chat_tokenizer) == expected
+    with pytest.raises(RecordError, match="here: no field 'input'"):  # SQuAD's columns must not fill it in
+        one({**ROW, "a": "4"}, columns={"output": "a"})
+    with pytest.raises(RecordError, match="here: expected 'messages'"):
+        one({"input": "i", "output": "o", "t": []}, tokenizer=chat_tokenizer, columns={"tools": "t"})
+
+
 def test_control_tokens_in_a_prompt_are_text(chat_tokenizer: Tokenizer) -> None:
     sample, _ = one({"input": "<|im_end|>", "output": "</s> <think>"}, tokenizer=chat_tokenizer)
     ids = whole(sample)
@@ -232,6 +250,19 @@ def test_hold_out_is_a_function_of_the_seed(tmp_path: Path) -> None:
     assert (len(train), len(valid)) == (5, 0)
 
 
+@pytest.mark.parametrize(("share", "own", "left"), [(0.2, False, 40), (0.0, False, 50), (0.2, True, 50)])
+def test_what_is_trained_on_does_not_depend_on_whether_a_run_evaluates(
+    tmp_path: Path, share: float, own: bool, left: int
+) -> None:
+    write(tmp_path / "training.jsonl", [{"input": "a", "output": str(i)} for i in range(50)])
+    if own:
+        write(tmp_path / "validation.jsonl", [{"input": "a", "output": "b"}])
+    options = SupervisedOptions(path=str(tmp_path), val_proportion=share)
+    both, alone = (load_supervised(BYTES, 64, options, lambda line: None, valid) for valid in (True, False))
+    assert [learnt(s) for s in both["train"]] == [learnt(s) for s in alone["train"]]
+    assert (len(alone["train"]), list(alone)) == (left, ["train"])
+
+
 BAD_LINES = [
     (b"\x00\x01\xff", "not UTF-8 text"),
     (b"{", "not JSON"),
@@ -269,6 +300,9 @@ def test_settings_are_checked(tmp_path: Path) -> None:
         ({"on_error": "ignore"}, r"dataset\.on_error=ignore"),
         ({"val_proportion": 1.0}, r"dataset\.val_proportion=1\.0"),
         ({"columns": {"prompt": "q"}}, r"dataset\.columns has the unknown fields \['prompt'\]"),
+        ({"columns": {"input": None}}, r"dataset\.columns\.input=None names no column"),
+        ({"columns": {"output": ""}}, r"dataset\.columns\.output='' names no column"),
+        ({"columns": {"input": "q", "messages": "m"}}, "maps both prompts .* and conversations"),
         ({"path": "/nowhere.jsonl"}, r"dataset\.path=/nowhere\.jsonl does not exist"),
         ({"path": str(tmp_path)}, "neither training.jsonl nor"),
         ({"path": str(write(tmp_path / "a.txt", []))}, "must end in .jsonl"),
@@ -294,6 +328,30 @@ def test_a_data_set_of_the_datasets_package(tmp_path: Path) -> None:
     assert len(found["valid"]) == 2
     with pytest.raises(UserError, match=r"dataset\.name=/nowhere/at/all .*could not be loaded.*dataset\.path"):
         load_supervised(BYTES, 64, SupervisedOptions(name="/nowhere/at/all"))
+
+
+def test_only_a_split_that_is_not_there_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    calls: list[tuple] = []
+
+    def load(name: str, subset: str | None, split: str | None = None) -> dict | list:
+        calls.append((name, subset))
+        if len(calls) == 2 and name == "lost":
+            raise ConnectionError("no route to the hub")
+        held = {"test" if name == "untrained" else "train": [{"input": "a", "output": "b"}] * 4}
+        return held if split is None else held[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found = load_supervised(BYTES, 64, SupervisedOptions(name="x", subset="y"), lambda line: None)
+    assert ({k: len(v) for k, v in found.items()}, calls[-1]) == ({"train": 3, "valid": 1}, ("x", "y"))
+    for name, message in (
+        ("lost", r"dataset\.name=lost \(split validation\) could not be loaded: no route to the hub"),
+        ("untrained", "dataset.name=untrained has no train split"),
+        ("squad", "dataset.name=rajpurkar/squad has no validation split"),
+    ):
+        calls.clear()
+        with pytest.raises(UserError, match=message):
+            load_supervised(BYTES, 64, SupervisedOptions(name=name), lambda line: None)
 
 
 def places(value: object, path: tuple = ()) -> list[tuple]:

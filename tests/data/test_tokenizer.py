@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import regex
+import tokenizers
 
+from nano3.cli import parser, resolve
 from nano3.config import UserError
-from nano3.data.tiktoken_vocab import TiktokenOptions
-from nano3.data.tokenizer import Tokenizer, kind_of, load_tokenizer
+from nano3.data.corpus import open_tokenizer
+from nano3.data.tiktoken_vocab import NVIDIA, TiktokenOptions
+from nano3.data.tokenizer import Tokenizer, kind_of, load_tokenizer, usable
 from tests.data.chat_cases import trained_tokenizer
 
 # The two patterns of NVIDIA's option and OpenAI's cl100k, in one piece each, as they are published.
@@ -114,6 +117,38 @@ def write_openai(path: Path, ranks: dict[bytes, int]) -> Path:
     return path
 
 
+OPTIONS = {"pattern": "v1", "special_tokens": ("</s>",), "num_special_tokens": 40, "vocab_size": 2000}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_are_for_the_files_that_leave_them_open(option: str, tmp_path: Path, ranks: dict[bytes, int]) -> None:
+    """And a tokenizer named in place of the settings' own takes what it has a use for."""
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    write_nvidia(tmp_path / "nvidia.json", ranks)
+    write_openai(tmp_path / "openai.tiktoken", dict(list(ranks.items())[:300]))
+    value = OPTIONS[option]
+    for name, taken in (
+        *(("bytes", ()), ("none", ()), (str(tmp_path / "tokenizer.json"), ())),
+        (str(tmp_path / "nvidia.json"), tuple(OPTIONS)),
+        (str(tmp_path / "openai.tiktoken"), ("pattern", "special_tokens")),
+    ):
+        need = {"pattern": "v2"} if name.endswith(".tiktoken") else {}
+        options = TiktokenOptions(**{**need, option: value})
+        assert getattr(usable(name, options), option) == (value if option in taken else getattr(NVIDIA, option))
+        if option in taken:
+            load_tokenizer(name, 131072, options)
+        else:
+            with pytest.raises(
+                UserError, match=rf"tokenizer\.{option}=.* is for NVIDIA.*which .*{name} is not: drop it"
+            ):
+                load_tokenizer(name, 131072, options)
+        load_tokenizer(name, 131072, usable(name, options))
+    given = ["--mode", "pretrain", "--preset", "tiny", "tokenizer.vocab_size=2000", "model.vocab_size=4096"]
+    config, _ = resolve(parser().parse_args([*given, f"--tokenizer-model={tmp_path / 'nvidia.json'}"]))
+    assert (open_tokenizer(config).vocab_size, open_tokenizer(config, "bytes").vocab_size) == (2000, 256)
+
+
 @pytest.mark.parametrize("pattern", ["v1", "v2"])
 def test_nvidias_vocabulary_agrees_with_an_independent_encoder(
     tmp_path: Path, ranks: dict[bytes, int], pattern: str
@@ -159,6 +194,7 @@ def test_nvidias_options(tmp_path: Path, ranks: dict[bytes, int]) -> None:
         (TiktokenOptions(pattern="v3"), r"tokenizer\.pattern=v3"),
         (TiktokenOptions(special_tokens=("<s>",)), r"tokenizer\.special_tokens.*</s>"),
         (TiktokenOptions(special_tokens=("</s>", "</s>")), "different"),
+        (TiktokenOptions(special_tokens=()), r"tokenizer\.special_tokens=\[\]"),
         (TiktokenOptions(vocab_size=1200), r"tokenizer\.vocab_size=1200"),
     ):
         with pytest.raises(UserError, match=message):
@@ -177,6 +213,8 @@ def test_openais_ranks(tmp_path: Path, ranks: dict[bytes, int]) -> None:
     for text in strings(1000, ["<|endoftext|>"]):
         assert t.encode(text) == encode(text, ranks, LITERAL["cl100k"], t.specials, 0)
         assert t.decode(t.encode(text)) == text
+    with pytest.raises(UserError, match=r"tokenizer\.special_tokens=\[\]"):
+        load_tokenizer(path, 131072, TiktokenOptions(pattern="v2", special_tokens=()))
     two = load_tokenizer(path, 131072, TiktokenOptions(pattern="v2", special_tokens=("<|a|>", "<|eot_id|>")))
     assert (two.eod, two.stop_ids) == (len(ranks), (len(ranks), len(ranks) + 1))
 

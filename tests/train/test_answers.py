@@ -1,13 +1,16 @@
 """Exact match and F1: SQuAD's counting, questions found in rows, packed or not, and a model that knows the answers."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from nano3.cli import parser, resolve
 from nano3.data.row import IGNORE, PADDING, Row
 from nano3.data.tokenizer import ByteTokenizer
 from nano3.train import answers
-from nano3.train.answers import f1, questions, score, words
+from nano3.train.answers import f1, is_squad, questions, score, words
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,22 @@ def test_questions_are_found_in_rows() -> None:
     alone.count = lambda split: 1
     alone.row = lambda split, index: Data().row(split, 0)._replace(seq_idx=None)
     assert [bytes(q.prompt) for q in questions(alone)] == [Data.texts[0][0]]
+
+
+def test_which_settings_mean_squad(tmp_path: Path) -> None:
+    def squad(*given: str) -> bool:
+        return is_squad(resolve(parser().parse_args(["--mode", "finetune", "--preset", "tiny", *given]))[0])
+
+    (tmp_path / "train-v1.1.json").touch()
+    assert all(squad(*given) for given in ([], ["dataset.path=x.json"], [f"dataset.path={tmp_path}"]))
+    others = (
+        "dataset.path=x.jsonl",
+        "dataset=tulu",
+        "dataset.blend=x",
+        "dataset=mock",
+        f"dataset.packed_path={tmp_path}",
+    )
+    assert not any(squad(given) for given in others)
 
 
 def test_the_score_of_known_answers(monkeypatch: pytest.MonkeyPatch) -> None:

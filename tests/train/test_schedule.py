@@ -66,6 +66,15 @@ def test_warm_up_from_a_value() -> None:
     assert at(5, *WSD, "scheduler.lr_warmup_init=0.1") == pytest.approx(0.55)
 
 
+@pytest.mark.parametrize("end", ["iters=80", "samples=320", "tokens=7680"])
+def test_the_warm_up_is_a_fraction_of_the_decay_as_in_megatron(end: str) -> None:
+    """lr_warmup_steps = lr_warmup_fraction * lr_decay_steps there; the length of the run has no part in it."""
+    given = [f"scheduler.lr_decay_{end}", "scheduler.lr_decay_style=linear", "train.train_iters=200"]
+    config = small("optimizer.lr=1.0", "scheduler.lr_warmup_fraction=0.25", *given)
+    curve = [learning_rate(config)(4 * i) for i in (10, 20, 50, 80)]
+    assert curve == pytest.approx([0.5, 1.0, 0.5, 0.0])
+
+
 @pytest.mark.parametrize(
     "bad",
     [
