@@ -166,7 +166,8 @@ def compare(args: argparse.Namespace) -> int:
     if not all(prompts):
         raise UserError("--prompt: a prompt without tokens cannot be compared; write some text")
     print(f"{sum(map(len, prompts)):,} tokens, {args.dtype}")
-    for line in compare(source, model, prompts, DTYPES[DTYPE_NAMES[args.dtype]], pick_device(args.device, 0)):
+    device = pick_device(args.device, setting="--device ")
+    for line in compare(source, model, prompts, DTYPES[DTYPE_NAMES[args.dtype]], device):
         print(line)
     print(
         "Floor off is the same computation twice: expect a relative error of 1e-7 to 1e-5 in float32, 1e-2 in bf16. "

@@ -104,9 +104,7 @@ def main() -> int:
         ]:
             if not ok:
                 raise UserError(f"--{name} {getattr(args, name.replace('-', '_'))} is out of range")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-        model, config = load_model(args.checkpoint, "--checkpoint", pick_device(args.device, 0))
+        model, config = load_model(args.checkpoint, "--checkpoint", pick_device(args.device, setting="--device "))
         tokenizer = open_tokenizer(config, args.tokenizer_model)
         prompt = tokenizer.encode(args.prompt)
         stream = generate(

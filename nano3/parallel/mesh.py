@@ -85,12 +85,12 @@ def lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def pick_device(asked: str, local_rank: int) -> torch.device:
+def pick_device(asked: str, local_rank: int = 0, setting: str = "train.device=") -> torch.device:
     """cuda:local_rank or cpu.  Raises UserError where a GPU is asked for and there is none."""
     if asked == "cpu" or (asked == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("train.device=cuda: PyTorch sees no GPU here; use train.device=cpu")
+        raise UserError(f"{setting}cuda: PyTorch sees no GPU here; use {setting}cpu")
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "

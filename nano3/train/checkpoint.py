@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from nano3 import hf
 from nano3.cli import to_yaml
-from nano3.config import Config, ModelConfig, PeftConfig, UserError, merge
+from nano3.config import Config, ModelConfig, PeftConfig, TokenizerConfig, UserError, merge
 from nano3.data.corpus import is_supervised, tokenizer_name
 from nano3.model.init import allocate, named_tensors
 from nano3.model.layout import Piece, pieces, split_of, whole_shapes
@@ -241,20 +242,24 @@ def refuse_adapters(folder: Path, setting: str) -> None:
 
 
 def choose_tokenizer(config: Config, source: str | None) -> None:
-    """Let tokenizer.tokenizer_model=auto be that of the checkpoint `source`; the new checkpoint then says it too."""
+    """Let tokenizer.tokenizer_model=auto be that of the checkpoint `source`, with what its settings say of its file;
+    the new checkpoint then says it too."""
     if config.tokenizer.tokenizer_model == "auto" and is_supervised(config) and source is not None:
-        config.tokenizer.tokenizer_model = tokenizer_in(source) or "auto"
+        theirs, unset = tokenizer_in(source), TokenizerConfig()
+        given = {k: v for k, v in vars(config.tokenizer).items() if v != getattr(unset, k)}
+        config.tokenizer = replace(theirs, **given)
 
 
-def tokenizer_in(path: str) -> str | None:
-    """The tokenizer that belongs to a checkpoint or a Hugging Face folder or id, as tokenizer.tokenizer_model."""
+def tokenizer_in(path: str) -> TokenizerConfig:
+    """The tokenizer that belongs to a checkpoint or a Hugging Face folder or id; `auto` if it has none."""
     if not locate.is_ours(path):
-        return path
+        return TokenizerConfig(tokenizer_model=path)
     folder = locate.find(path, "tokenizer.tokenizer_model=auto")
     if any((folder / "hf" / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return str(folder / "hf")  # it was imported with it
-    name = tokenizer_name(read_config(folder))
-    return None if name == "none" else name
+        return TokenizerConfig(tokenizer_model=str(folder / "hf"))  # it was imported with it
+    config = read_config(folder)
+    name = tokenizer_name(config)
+    return TokenizerConfig() if name == "none" else replace(config.tokenizer, tokenizer_model=name)
 
 
 def _same_geometry(theirs: ModelConfig, ours: ModelConfig, where: str) -> None:

@@ -231,7 +231,7 @@ class Trainer:
         ids = v.sample_prompt
         if ids is not None:
             prompt = tokenizer.encode(ids)
-        elif self.config.dataset.name == "embedded":
+        elif self.config.dataset.kind == "embedded":
             prompt = tokenizer.encode("class Reader:\n    def __init__(self, ")
         else:
             row = self.data.row("valid", 0)
@@ -277,7 +277,8 @@ class Trainer:
         )
         changed = difference(config, self.name)
         log.say(f"settings beyond the preset: {' '.join(changed) if changed else 'none'}")
-        source = config.dataset.path or config.dataset.name
+        d = config.dataset
+        source = "a blend" if d.kind == "blend" else d.packed_path or d.path or d.name
         log.say(
             f"{config.iterations:,} steps of {config.tokens_per_step:,} tokens from {source}; "
             f"run folder {folder}; Ctrl-C saves and ends"
@@ -326,7 +327,7 @@ class Trainer:
             asked = int((row.labels != IGNORE).argmax()) + 1
             prompt = shlex.quote(self.tokenizer.decode(row.tokens[:asked].tolist())[-100:])
         else:
-            prompt = '"def "' if self.config.dataset.name == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
+            prompt = '"def "' if self.config.dataset.kind == "embedded" else f'"{self.tokenizer.decode([1, 2, 3])}"'
         log.say(f"  python -m nano3.model.generate --checkpoint {self.save_to} --prompt {prompt}")
 
 

@@ -14,6 +14,7 @@ from nano3.data.corpus import load_dataset, open_tokenizer
 from nano3.data.loader import Place, micro_batches, stream
 from nano3.data.row import IGNORE, PADDING, Windows
 from nano3.parallel.mesh import ALONE
+from nano3.train.checkpoint import choose_tokenizer
 from nano3.train.loop import Trainer
 from tests.train.small import SHRINK
 
@@ -182,6 +183,19 @@ def test_the_tokenizer_comes_from_the_checkpoint_and_stays_with_the_new_one(squa
     trainer = Trainer(config, "tiny", ALONE)
     assert trainer.config.tokenizer.tokenizer_model == "bytes"
     assert trainer.tokenizer.eod == 0
+
+
+def test_and_what_its_settings_say_of_the_file_comes_along(squad: str, tmp_path: Path) -> None:
+    """The same vocabulary with another pattern gives other ids."""
+    folder = tmp_path / "iter_0000001"
+    folder.mkdir()
+    (folder / "manifest.json").touch()
+    settings = "tokenizer: {tokenizer_model: v.json, pattern: v1, num_special_tokens: 10}"
+    (folder / "config.yaml").write_text(settings)
+    config = tiny(squad, "tokenizer.num_special_tokens=20")
+    choose_tokenizer(config, str(tmp_path))
+    t = config.tokenizer
+    assert (t.tokenizer_model, t.pattern, t.num_special_tokens, t.vocab_size) == ("v.json", "v1", 20, 131072)
 
 
 class Text(Windows):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nano3.blocks import checksums_of
+from nano3.cli import parser, resolve
 from nano3.config import KINDS, UserError
+from nano3.data.indexed import IndexedWriter
 from nano3.data.loader import Batch, Place, micro_batches
 from nano3.model.init import named_tensors
 from nano3.model.moe import sequence_balance_loss
 from nano3.train import checkpoint, locate
+from nano3.train.loop import Trainer
 from nano3.train.step import TrainingError, training_step
 from nano3.train.storage import FileRecord, read_manifest
 from tests.conftest import ROOT
@@ -330,3 +334,16 @@ def test_asked_to_stop_it_saves_and_ends_cleanly(tmp_path: Path, sig: signal.Sig
     resume = next(line for line in rest.splitlines() if "checkpoint.load=" in line)
     assert "train.py" in resume
     assert locate.find(tmp_path, "test").name.startswith("iter_")
+
+
+def test_a_blend_needs_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ids are what they are; a sample begins with some of them."""
+    with IndexedWriter(tmp_path / "ids", np.uint8) as w:
+        for _ in range(40):
+            w.add(np.arange(60))
+    settings = [s for s in SHRINK if s != "dataset=mock"]
+    settings += [f"dataset.blend={tmp_path}/ids", "dataset.split='80,20,0'", f"logger.run_dir={tmp_path}/run"]
+    settings += ["scheduler.lr_warmup_iters=1", "scheduler.lr_wsd_decay_iters=2"]
+    config, _ = resolve(parser().parse_args(["--mode", "pretrain", "--preset", "tiny", *settings]))
+    assert Trainer(config, "tiny", ALONE).run() == 0
+    assert "tokens from a blend; run folder" in capsys.readouterr().out
