@@ -367,11 +367,11 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight, bias, seq_idx, initial = ctx.saved_tensors
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         trained = any(ctx.needs_input_grad[1:3])
-        dweight, dbias, dinitial = backward(x, weight, bias, seq_idx, initial, _channel_last(dy), dx, trained)
+        dweight, dbias, dinitial = backward(x, weight, bias, seq_idx, initial, channel_last(dy), dx, trained)
         return dx, dweight, dbias, None, dinitial
 
 
-def _channel_last(x: Tensor) -> Tensor:
+def channel_last(x: Tensor) -> Tensor:
     """x with neighbouring channels: itself (rows may lie apart) wherever its strides allow."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -402,84 +402,9 @@ def causal_conv1d(
     if not use_triton(x, backend) or x.numel() == 0:
         return causal_conv1d_reference(x, weight, bias, seq_idx, initial)
     return _CausalConv1d.apply(
-        _channel_last(x),
+        channel_last(x),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         None if seq_idx is None else seq_idx.contiguous(),
         None if initial is None else initial.to(x.dtype).contiguous(),
     )
-
-
-@jit
-def _step_kernel(
-    x_ptr, window_ptr, weight_ptr, bias_ptr, y_ptr, new_ptr, C, x_batch, window_batch, window_row,
-    K: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK channels of one sequence.  x (B, C), window (B, K, C) with strides; y, new contiguous."""
-    blocks = tl.cdiv(C, BLOCK)
-    cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    live = cols < C
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    rows = tl.arange(0, ROWS)[:, None]  # [ROWS, 1]
-    x = tl.load(x_ptr + batch * x_batch + cols, mask=live, other=0.0)
-    older = tl.load(
-        window_ptr + batch * window_batch + (rows + 1).to(tl.int64) * window_row + cols[None, :],
-        mask=live[None, :] & (rows < K - 1),
-        other=0.0,
-    )  # [ROWS, BLOCK]
-    window = tl.where(rows == K - 1, x[None, :], older)
-    tl.store(new_ptr + batch * K * C + rows * C + cols[None, :], window, mask=live[None, :] & (rows < K))
-    tap = rows - (K - W)
-    weight = tl.load(
-        weight_ptr + cols[None, :] * W + tap, mask=live[None, :] & (tap >= 0) & (tap < W), other=0.0
-    )  # [ROWS, BLOCK]
-    a = tl.sum(window.to(tl.float32) * weight.to(tl.float32), axis=0)
-    if BIAS:
-        a += tl.load(bias_ptr + cols, mask=live, other=0.0).to(tl.float32)
-    tl.store(y_ptr + batch * C + cols, a * sigmoid(a), mask=live)
-
-
-def _step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    (B, K, C), W = window.shape, weight.shape[1]
-    y = torch.empty(B, C, dtype=x.dtype, device=x.device)
-    new = torch.empty(B, K, C, dtype=window.dtype, device=x.device)
-    _step_kernel[(triton.cdiv(C, 256) * B,)](
-        x, window, weight.contiguous(), bias, y, new, C, x.stride(0), window.stride(0), window.stride(1),
-        K=K, W=W, ROWS=triton.next_power_of_2(K), BLOCK=256, BIAS=bias is not None, num_warps=2,
-    )  # fmt: skip
-    return y, new
-
-
-def causal_conv1d_step_reference(
-    x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    window = torch.cat([window[:, 1:], x.unsqueeze(1)], dim=1)
-    W, acc = weight.shape[1], accumulate_dtype(x)
-    y = (window[:, -W:].to(acc) * weight.T.to(acc)).sum(1)
-    if bias is not None:
-        y = y + bias.to(acc)
-    return F.silu(y).to(x.dtype), window
-
-
-def causal_conv1d_step(
-    x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, backend: str = "auto"
-) -> tuple[Tensor, Tensor]:
-    """One token of decoding.  x: (B, C); window: (B, >= W, C), the last inputs, newest last.
-
-    Returns y (B, C) and the window moved on by one token, a new tensor of the same length.  Raises ValueError on shapes
-    that do not fit and a window too short.  Where gradients are wanted it runs in PyTorch; the kernel has no backward.
-    """
-    fits = window.ndim == 3 and weight.ndim == 2 and window.shape[::2] == x.shape and weight.shape[0] == x.shape[-1]
-    if not fits or (bias is not None and bias.shape != x.shape[-1:]):
-        raise ValueError(
-            f"causal_conv1d_step: x {tuple(x.shape)}, window {tuple(window.shape)}, weight {tuple(weight.shape)} and "
-            f"bias {None if bias is None else tuple(bias.shape)} do not fit (B, C), (B, >= W, C), (C, W), (C,)"
-        )
-    if window.shape[1] < weight.shape[1]:
-        raise ValueError(
-            f"causal_conv1d_step: the window keeps {window.shape[1]} inputs; a width of {weight.shape[1]} needs as many"
-        )
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, window, weight, bias))
-    if not use_triton(x, backend) or wants_grad or window.dtype != x.dtype or x.numel() == 0:
-        return causal_conv1d_step_reference(x, window, weight, bias)
-    return _step(_channel_last(x), _channel_last(window), weight, None if bias is None else bias.contiguous())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.conv1d import causal_conv1d, causal_conv1d_step
+from kernels.conv1d import causal_conv1d
+from kernels.conv1d_step import causal_conv1d_step
 from kernels.gated_norm import gated_rms_norm
 from kernels.mamba_mixer import Sizes, fits, mamba_mixer
 from kernels.ssd import ssd, ssd_step

@@ -18,7 +18,8 @@ from kernels.adamw import Moment, Place, Step, adamw
 from kernels.adapted_experts import adapted_experts
 from kernels.attention import attention
 from kernels.balance import balance_sums
-from kernels.conv1d import causal_conv1d, causal_conv1d_step
+from kernels.conv1d import causal_conv1d
+from kernels.conv1d_step import causal_conv1d_step
 from kernels.cross_entropy import linear_cross_entropy, vocabulary_gradient, vocabulary_statistics
 from kernels.dispatch import collect, papers, spread
 from kernels.embedding import embedding_gradient_

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels._common import triton
 from kernels.attention import attention
-from kernels.conv1d import causal_conv1d_step
+from kernels.conv1d_step import causal_conv1d_step
 from kernels.ssd import ssd, ssd_step
 
 if triton is None:

@@ -6,12 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.conv1d import (
-    causal_conv1d,
-    causal_conv1d_reference,
-    causal_conv1d_step,
-    causal_conv1d_step_reference,
-)
+from kernels.conv1d import causal_conv1d, causal_conv1d_reference
+from kernels.conv1d_step import causal_conv1d_step, causal_conv1d_step_reference
 from tests.kernels.conftest import assert_as_accurate, relative_error
 
 # fp32: four products, a sigmoid good to a few units in the last place, and sums over at most a few thousand rows whose

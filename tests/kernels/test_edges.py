@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kernels import fp8
 from kernels.attention import attention
-from kernels.conv1d import causal_conv1d, causal_conv1d_step
+from kernels.conv1d import causal_conv1d
+from kernels.conv1d_step import causal_conv1d_step
 from kernels.cross_entropy import combine_statistics, linear_cross_entropy, vocabulary_gradient, vocabulary_statistics
 from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import experts

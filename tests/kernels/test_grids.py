@@ -23,6 +23,7 @@ from kernels import (
     attention_forward,
     balance,
     conv1d,
+    conv1d_step,
     cross_entropy_softmax,
     dispatch,
     embedding,
@@ -40,7 +41,8 @@ from kernels import (
 )
 from kernels.attention import attention
 from kernels.balance import balance_sums
-from kernels.conv1d import causal_conv1d, causal_conv1d_step
+from kernels.conv1d import causal_conv1d
+from kernels.conv1d_step import causal_conv1d_step
 from kernels.cross_entropy import vocabulary_gradient, vocabulary_statistics
 from kernels.dispatch import collect, departures, spread
 from kernels.embedding import embedding_gradient_
@@ -51,9 +53,9 @@ from kernels.routing import expert_counts, route
 from kernels.ssd import ssd, ssd_step
 
 MODULES: list[ModuleType] = [
-    _bandwidth, adamw, attention_backward, attention_forward, balance, conv1d, cross_entropy_softmax, dispatch,
-    embedding, fp8, gated_norm, permute, relu2, rms_norm, routing_kernels, ssd_backward, ssd_backward_keys, ssd_forward,
-    ssd_states, ssd_steps,
+    _bandwidth, adamw, attention_backward, attention_forward, balance, conv1d, conv1d_step, cross_entropy_softmax,
+    dispatch, embedding, fp8, gated_norm, permute, relu2, rms_norm, routing_kernels, ssd_backward, ssd_backward_keys,
+    ssd_forward, ssd_states, ssd_steps,
 ]  # fmt: skip
 pytestmark = [needs_triton, pytest.mark.skipif(not INTERPRET, reason="a GPU is asked for where nothing is interpreted")]
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.attention import attention, attention_reference
-from kernels.conv1d import causal_conv1d, causal_conv1d_step
+from kernels.conv1d import causal_conv1d
+from kernels.conv1d_step import causal_conv1d_step
 from kernels.cross_entropy import IGNORE, linear_cross_entropy, linear_cross_entropy_reference
 from kernels.gated_norm import gated_rms_norm
 from kernels.grouped_gemm import experts, experts_reference

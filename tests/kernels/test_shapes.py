@@ -12,7 +12,7 @@ from kernels.adapted_experts import adapted_experts
 from kernels.adapted_linear import adapted_linear
 from kernels.attention import attention
 from kernels.balance import balance_sums
-from kernels.conv1d import causal_conv1d_step
+from kernels.conv1d_step import causal_conv1d_step
 from kernels.cross_entropy import linear_cross_entropy, vocabulary_gradient, vocabulary_statistics
 from kernels.embedding import embedding, embedding_gradient_
 from kernels.gradient_sink import Buffer
