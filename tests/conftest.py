@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    if not session.config.option.collectonly:
+    if not session.config.option.collectonly and not hasattr(session.config, "workerinput"):  # pytest-xdist's: many
         long.begin_with(session.items)
 
 
