@@ -192,8 +192,6 @@ def report(config: Config, name: str, world: int, device_type: str, have: int | 
     if not sent[most]:
         return "\n".join(lines[:-1])
     lines.append(traffic_table(sent[most], most))
-    if config.peft.adapts or config.peft.freeze:
-        lines.append("at most: what lies before the first trained weight has no backward pass, and sends nothing in it")
     return "\n".join(lines)
 
 

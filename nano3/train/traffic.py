@@ -2,9 +2,7 @@
 
 Bytes are what one rank sends, by the ring algorithm: to gather or to scatter a whole of n parts it passes on n - 1 of
 them, and a sum on all ranks is a scatter and a gather.  A library may choose another way for small messages.  Rows that
-travel to their experts are an expectation; everything else is exact where all is trained.  Where weights are frozen it
-is an upper bound: blocks before the first trained one are counted as if they had a backward pass.  Evaluation and
-checkpoints are not counted.
+travel to their experts are an expectation; everything else is exact.  Evaluation and checkpoints are not counted.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 
 from nano3.config import KINDS, Config
 from nano3.model.layout import split_of
+from nano3.model.lora import trains
 from nano3.parallel.layout import Layout
 from nano3.parallel.pipeline_schedule import schedule, transfers
 from nano3.train.memory import Share, micro_batches, rows_per_token
@@ -32,6 +31,42 @@ class Line:
     meanwhile: str = "-"  # what happens while they travel; "-": the rank waits for them
 
 
+@dataclass(frozen=True)
+class Layer:
+    """What has a gradient in a block.  Where something before it is trained, everything; else what training reaches."""
+
+    kind: str  # its letter
+    input: bool  # what the norm gives
+    choice: bool  # of a mixture: the routing weights
+    routed: bool  # the sum of the routed experts' results
+    output: bool  # of the mixer; of a mixture, of its shared expert
+
+    @property
+    def runs(self) -> bool:
+        """Whether the block has a backward pass at all."""
+        return self.routed or self.output
+
+
+def gradients(config: Config, share: Share) -> tuple[list[Layer], bool]:
+    """A stage's layers, and whether its last output has a gradient.  What comes from another stage always has one."""
+    moved = {name for name in share.tensors if trains(name, config.peft)}
+    layers, letters = [], config.model.hybrid_override_pattern
+    reached = False
+    for start, stop in share.parts:
+        reached = start > 0 or "embeddings.weight" in moved
+        for i in range(start, stop):
+            mine = {name.removeprefix(f"layers.{i}.") for name in moved if name.startswith(f"layers.{i}.")}
+            inside = {name.removeprefix("mixer.") for name in mine if name.startswith("mixer.")}
+            experts = {name for name in inside if name.startswith("experts.")}
+            given = reached or "norm.weight" in mine
+            choice = given or "gate.weight" in inside
+            routed = letters[i] == "E" and (choice or bool(experts))
+            output = given or bool(inside - experts - {"gate.weight"})
+            layers.append(Layer(letters[i], given, letters[i] == "E" and choice, routed, output))
+            reached = reached or layers[-1].runs
+    return layers, reached or "norm_f.weight" in moved
+
+
 def traffic(config: Config, layout: Layout, share: Share, bf16: bool) -> list[Line]:
     """Every message of one step that a rank of the share's stage takes part in.  Axes of size 1 send nothing."""
     step = _Step(config, layout, share, 2 if bf16 else 4)
@@ -44,9 +79,12 @@ class _Step:
         self.config, self.layout, self.share, self.axes, self.e = config, layout, share, share.axes, e
         self.c, self.micro, self.B = config.model, micro_batches(config, layout), config.micro_batch(layout.dp)
         self.tokens = self.B * config.dataset.seq_length  # of a micro-batch; a tp rank holds 1 / tp of them
-        self.letters = {x: share.letters.count(x) for x in KINDS if x in share.letters}
-        self.again = {x for x in self.letters if KINDS[x] in config.recompute}
-        self.mixtures = self.letters.get("E", 0)
+        self.layers, self.ends_with_gradient = gradients(config, share)
+        self.mixtures = [layer for layer in self.layers if layer.kind == "E"]
+
+    def again(self, layers: list[Layer]) -> list[Layer]:
+        """Those that are computed again."""
+        return [layer for layer in layers if layer.runs and KINDS[layer.kind] in self.config.recompute]
 
     def line(self, axis: str, call: str, what: str, messages: int, each: float, meanwhile: str = "-") -> Line:
         """each: bytes of one message's whole: of all ranks' parts where it gathers or scatters, of one rank's where it
@@ -63,28 +101,30 @@ class _Step:
         scattered.
         """
         whole = self.tokens * self.c.hidden_size * self.e
-        for letter, layers in self.letters.items():
-            n, name = layers * self.micro, f"{KINDS[letter]} blocks"
+        for letter in KINDS:
+            layers, name = [layer for layer in self.layers if layer.kind == letter], f"{KINDS[letter]} blocks"
+            n = [len(layers), len(self.again(layers)), sum(x.output for x in layers), sum(x.input for x in layers)]
+            forward, again, outputs, inputs = (count * self.micro for count in n)
             first, last = ("routing", "sum of results") if letter == "E" else ("-", "-")
-            yield self.line("tp", "all_gather", f"{name}, forward", n, whole, first)
-            yield self.line("tp", "reduce_scatter", f"{name}, forward", n, whole, last)
-            if letter in self.again:
-                yield self.line("tp", "all_gather", f"{name}, again", n, whole, first)
-            yield self.line("tp", "all_gather", f"{name}, backward", n, whole, last)
-            yield self.line("tp", "reduce_scatter", f"{name}, backward", n, whole, first)
+            yield self.line("tp", "all_gather", f"{name}, forward", forward, whole, first)
+            yield self.line("tp", "reduce_scatter", f"{name}, forward", forward, whole, last)
+            yield self.line("tp", "all_gather", f"{name}, again", again, whole, first)
+            yield self.line("tp", "all_gather", f"{name}, backward", outputs, whole, last)
+            yield self.line("tp", "reduce_scatter", f"{name}, backward", inputs, whole, first)
 
     def ends(self) -> Iterator[Line]:
         """tp: the embedding sums its slices' rows; the head gathers its tokens, and three statistics of each."""
         whole = self.tokens * self.c.hidden_size * self.e
         if "embeddings.weight" in self.share.tensors:
             yield self.line("tp", "reduce_scatter", "embedding, forward", self.micro, whole)
-            yield self.line("tp", "all_gather", "embedding, backward", self.micro, whole)
+            backward = self.micro * trains("embeddings.weight", self.config.peft)
+            yield self.line("tp", "all_gather", "embedding, backward", backward, whole)
         if "lm_head.weight" in self.share.tensors:
             yield self.line("tp", "all_gather", "head, forward", self.micro, whole)
             chunks = -(-self.tokens // self.config.train.loss_chunk_tokens)
             statistics = 3 * 4 * self.tokens * self.layout.tp / chunks  # fp32, of all ranks
             yield self.line("tp", "all_gather", "head, softmax statistics", self.micro * chunks, statistics)
-            yield self.line("tp", "reduce_scatter", "head, backward", self.micro, whole)
+            yield self.line("tp", "reduce_scatter", "head, backward", self.micro * self.ends_with_gradient, whole)
 
     def experts(self) -> Iterator[Line]:
         """ep: each way a token's row goes to the ranks that hold at least one of its K experts, and one row returns.
@@ -94,19 +134,21 @@ class _Step:
         With each row go K ids and K weights in fp32; before them go numbers of tokens and of rows per expert, int64.
         """
         ep, K = self.layout.ep, self.c.num_experts_per_tok
-        n = self.mixtures * self.micro
+        n = len(self.mixtures) * self.micro
+        again = len(self.again(self.mixtures)) * self.micro
+        backward = [sum(getattr(x, what) for x in self.mixtures) * self.micro for what in ("routed", "choice", "input")]
         rows = self.tokens / self.layout.tp * rows_per_token(self.c, ep) * (ep - 1) / ep
         row, ids = rows * self.c.hidden_size * self.e, rows * 2 * K * 4
         counts = (ep - 1) * (1 + self.c.n_routed_experts // ep) * 8
         shared = "shared expert"
         yield self.line("ep", "all_to_all", "row counts, forward", n, counts, "-, the host too")
-        for time in ["forward", "again"] if "E" in self.again else ["forward"]:
-            yield self.line("ep", "all_to_all", f"ids and weights, {time}", n, ids, shared)
-            yield self.line("ep", "all_to_all", f"rows to experts, {time}", n, row, shared)
+        for time, messages in (("forward", n), ("again", again)):
+            yield self.line("ep", "all_to_all", f"ids and weights, {time}", messages, ids, shared)
+            yield self.line("ep", "all_to_all", f"rows to experts, {time}", messages, row, shared)
         yield self.line("ep", "all_to_all", "results back, forward", n, row, shared)
-        yield self.line("ep", "all_to_all", "results' gradients, backward", n, row, shared)
-        yield self.line("ep", "all_to_all", "weights' gradients, backward", n, ids, shared)
-        yield self.line("ep", "all_to_all", "rows' gradients, backward", n, row, shared)
+        yield self.line("ep", "all_to_all", "results' gradients, backward", backward[0], row, shared)
+        yield self.line("ep", "all_to_all", "weights' gradients, backward", backward[1], ids, shared)
+        yield self.line("ep", "all_to_all", "rows' gradients, backward", backward[2], row, shared)
 
     def pipeline(self) -> Iterator[Line]:
         """pp: each micro-batch's stream climbs the virtual stages, and its gradient comes down again."""
@@ -136,12 +178,15 @@ class _Step:
         each, in room for as many documents as tokens.
         """
         E, share = self.c.n_routed_experts, self.share
-        passes = self.mixtures * self.micro * (2 if "E" in self.again else 1)
+        again = sum(
+            x.choice for x in self.again(self.mixtures)
+        )  # without, nothing after it is read, and it is left out
+        passes = (len(self.mixtures) + again) * self.micro
         yield self.line("tp", "all_reduce", "tokens per expert, for balance loss", passes, self.B * E * 4)
         for axis, what in (("tp", "gradients of replicated tensors"), ("kv", "gradients of shared KV heads")):
             mine = [share.owned(b, m) * b.dtype.itemsize for b, m in share.members if self.summed_over(m.name) == axis]
             yield self.line(axis, "all_reduce", what, min(1, len(mine)), sum(mine))
-        here, everywhere = self.mixtures, self.c.hybrid_override_pattern.count("E")
+        here, everywhere = len(self.mixtures), self.c.hybrid_override_pattern.count("E")
         yield self.line("block", "all_reduce", "tokens per expert, for the biases", min(1, here), here * E * 8)
         yield self.line("pp", "all_reduce", "expert loads", min(1, everywhere), everywhere * 8)
         yield self.line("dp", "all_reduce", "numbers of tokens", 1, 2 * 8)

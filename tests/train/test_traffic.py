@@ -14,7 +14,7 @@ from nano3.train import traffic as module
 from nano3.train.checkpoint import build
 from nano3.train.memory import rows_per_token, shares
 from nano3.train.optim import AdamW
-from nano3.train.plan import dry_run, rank_parts, stage_spans
+from nano3.train.plan import rank_parts, stage_spans
 from nano3.train.step import training_step
 from nano3.train.traffic import traffic, traffic_table
 from tests.parallel.layouts import CPU, batches_of, config_for
@@ -35,16 +35,34 @@ LAYOUTS = [
     (32, "parallel.tp=4 parallel.ep=8 train.recompute=[moe] train.precision=bf16"),
     (32, "parallel.tp=2 parallel.ep=4 parallel.pp=4 parallel.stages=[1,4,2,1] train.micro_batch_size=2"),
 ]
+LORA = "parallel.tp=2 parallel.ep=4 train.recompute=full peft.scheme=lora"
+FROZEN = [  # what lies before the first trained weight has no backward pass; in its own block, a part has none
+    (4, "parallel.tp=2 parallel.ep=4 peft.freeze=[embeddings.weight]"),
+    (4, "parallel.tp=2 parallel.ep=4 train.recompute=full peft.freeze=[embeddings.weight,'*norm.weight']"),
+    (4, "parallel.tp=2 parallel.ep=4 peft.freeze=[embeddings.weight,'layers.[0-2].*']"),
+    (4, "parallel.tp=2 peft.freeze=[embeddings.weight,'layers.*']"),
+    (4, "parallel.tp=2 peft.freeze=[embeddings.weight,'layers.*',norm_f.weight]"),
+    (4, "parallel.tp=2 parallel.ep=4 train.recompute=full peft.freeze=[embeddings.weight,'layers.[0-3].*'] "
+        "peft.freeze_router=true"),
+    (8, "parallel.tp=2 parallel.ep=4 parallel.pp=2 peft.freeze=[embeddings.weight,'layers.[0-4].*']"),
+    (4, "parallel.tp=2 parallel.pp=2 parallel.virtual_pp=2 train.recompute=full peft.freeze=[embeddings.weight]"),
+    (4, LORA),
+    (4, f"{LORA} peft.target_modules=[o_proj]"),
+    (4, f"{LORA} peft.target_modules=[up_proj]"),
+    (4, f"{LORA} peft.target_modules=[up_proj,down_proj] peft.experts=none"),
+    (4, f"{LORA} peft.target_modules=[experts.down_proj]"),
+    (4, f"{LORA} peft.target_modules=[o_proj] peft.freeze_router=false"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("ranks", "text"), LAYOUTS, ids=lambda v: str(v).replace(" ", "-"))
+@pytest.mark.parametrize(("ranks", "text"), LAYOUTS + FROZEN, ids=lambda v: str(v).replace(" ", "-"))
 def test_every_message_of_a_step(monkeypatch: pytest.MonkeyPatch, ranks: int, text: str) -> None:
     config = config_for(text.split())
     layout, bf16 = check_layout(config, ranks), config.train.precision == "bf16"
     for share in shares(config, layout, stage_spans(config), bf16):
         mesh = mirror_mesh(config, layout, share.stage * layout.block)
         parts = rank_parts(config, share.stage)
-        model = build(config.model, config.recompute, mesh, parts)
+        model = build(config.model, config.recompute, mesh, parts, config.peft)
         initialise(allocate(model, CPU, torch.bfloat16 if bf16 else torch.float32), config.model, seed=5)
         optimizer = AdamW(model, config.optimizer, config.parallel.grad_reduce_in_fp32)
         with monkeypatch.context() as patch:
@@ -62,27 +80,10 @@ def test_every_message_of_a_step(monkeypatch: pytest.MonkeyPatch, ranks: int, te
             messages[line.axis, line.call] += line.messages
             sent[line.axis, line.call] += line.bytes
         assert messages == mirror.messages
+        if (ranks, text) in FROZEN:  # a block without a backward pass sends its rows less often, so the mean is another
+            rows = ("ep", "all_to_all")
+            assert sent.pop(rows, 0) == pytest.approx(mirror.bytes.pop(rows, 0), rel=0.01)
         assert sent == pytest.approx(mirror.bytes, rel=1e-9)
-
-
-@pytest.mark.parametrize("text", ["peft.freeze=[embeddings.weight]", "peft.scheme=lora peft.target_modules=[o_proj]"])
-def test_where_weights_are_frozen_the_plan_is_an_upper_bound(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    config = config_for(["parallel.tp=2", *text.split()])
-    layout = check_layout(config, 2)
-    (share,) = shares(config, layout, stage_spans(config), False)
-    mesh = mirror_mesh(config, layout, 0)
-    model = build(config.model, config.recompute, mesh, rank_parts(config, 0), config.peft)
-    initialise(allocate(model, CPU, torch.float32), config.model, seed=5)
-    optimizer = AdamW(model, config.optimizer)
-    with monkeypatch.context() as patch:
-        mirror = Mirror(patch)
-        training_step(model, optimizer, batches_of(config, 0, False, 0, 1), config, mesh, 1e-3, False)
-    planned = defaultdict(int)
-    for line in traffic(config, layout, share, False):
-        planned[line.axis, line.call] += line.messages
-    assert all(planned[call] >= sent for call, sent in mirror.messages.items())
-    assert planned["tp", "all_gather"] > mirror.messages["tp", "all_gather"]
-    assert "at most: " in dry_run(config, "tiny", 2, "cpu", 1).splitlines()[-1]
 
 
 CHOICES = [(8, 3, 4), (8, 2, 2), (12, 5, 3), (6, 4, 6), (8, 1, 8), (8, 8, 4), (8, 3, 1)]
