@@ -20,6 +20,7 @@ from nano3.parallel.data import Bucket, Member, make_buckets
 from nano3.parallel.layout import AXES, Layout, kv_copies
 from nano3.parallel.mesh import Axis
 from nano3.parallel.pipeline_schedule import schedule
+from nano3.train.reach import reach
 from nano3.train.update import state_bytes
 
 Spans = list[tuple[int, int]]
@@ -148,7 +149,8 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
     """Bytes of activations at the fullest moment of a step.
 
     What the micro-batches in flight keep, by the schedule, and on top of it the larger of two passing needs: the head's
-    (its gradients exist before its backward pass), or one whole block's while it is computed again.
+    (its gradients exist before its backward pass), or one whole block's while it is computed again.  Blocks before the
+    first trained weight keep nothing.
     """
     c, e = config.model, 2 if bf16 else 4
     B = config.micro_batch(layout.dp)
@@ -161,13 +163,15 @@ def activations(config: Config, layout: Layout, share: Share, bf16: bool, gpu: b
         return tokens * (base + adapter_bytes(config, letter, layout.tp, e, gpu))
 
     piece = tokens * e * c.hidden_size / layout.tp  # of the stream between two blocks
-    kept = {x: piece if KINDS[x] in config.recompute else whole(x) for x in set(share.letters) - {"|"}}
-    of_part = [sum(kept[x] for x in letters) + piece for letters in share.letters.split("|")]  # and its output
+    found, _ = reach(config, share.parts, share.tensors)
+    kinds = {layer.kind: whole(layer.kind) for part in found for layer in part if layer.runs}
+    kept = {x: piece if KINDS[x] in config.recompute else n for x, n in kinds.items()}
+    of_part = [sum(kept[layer.kind] for layer in part if layer.runs) + piece for part in found]  # and its output
     held = most = 0.0
     for op in schedule(share.stage, layout.pp, len(share.parts), micro_batches(config, layout)):
         held += of_part[op.chunk] if op.kind == "F" else -of_part[op.chunk]
         most = max(most, held)
-    again = max((whole(x) for x in kept if KINDS[x] in config.recompute), default=0.0)
+    again = max((n for x, n in kinds.items() if KINDS[x] in config.recompute), default=0.0)
     again += max((t.numel() * e for t in share.tensors.values() if t.dtype == fp8.CODE), default=0)  # expanded
     head = 0.0
     if "lm_head.weight" in share.tensors:

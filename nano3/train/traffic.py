@@ -16,6 +16,7 @@ from nano3.model.lora import trains
 from nano3.parallel.layout import Layout
 from nano3.parallel.pipeline_schedule import schedule, transfers
 from nano3.train.memory import Share, micro_batches, rows_per_token
+from nano3.train.reach import Layer, reach
 
 
 @dataclass(frozen=True)
@@ -31,42 +32,6 @@ class Line:
     meanwhile: str = "-"  # what happens while they travel; "-": the rank waits for them
 
 
-@dataclass(frozen=True)
-class Layer:
-    """What has a gradient in a block.  Where something before it is trained, everything; else what training reaches."""
-
-    kind: str  # its letter
-    input: bool  # what the norm gives
-    choice: bool  # of a mixture: the routing weights
-    routed: bool  # the sum of the routed experts' results
-    output: bool  # of the mixer; of a mixture, of its shared expert
-
-    @property
-    def runs(self) -> bool:
-        """Whether the block has a backward pass at all."""
-        return self.routed or self.output
-
-
-def gradients(config: Config, share: Share) -> tuple[list[Layer], bool]:
-    """A stage's layers, and whether its last output has a gradient.  What comes from another stage always has one."""
-    moved = {name for name in share.tensors if trains(name, config.peft)}
-    layers, letters = [], config.model.hybrid_override_pattern
-    reached = False
-    for start, stop in share.parts:
-        reached = start > 0 or "embeddings.weight" in moved
-        for i in range(start, stop):
-            mine = {name.removeprefix(f"layers.{i}.") for name in moved if name.startswith(f"layers.{i}.")}
-            inside = {name.removeprefix("mixer.") for name in mine if name.startswith("mixer.")}
-            experts = {name for name in inside if name.startswith("experts.")}
-            given = reached or "norm.weight" in mine
-            choice = given or "gate.weight" in inside
-            routed = letters[i] == "E" and (choice or bool(experts))
-            output = given or bool(inside - experts - {"gate.weight"})
-            layers.append(Layer(letters[i], given, letters[i] == "E" and choice, routed, output))
-            reached = reached or layers[-1].runs
-    return layers, reached or "norm_f.weight" in moved
-
-
 def traffic(config: Config, layout: Layout, share: Share, bf16: bool) -> list[Line]:
     """Every message of one step that a rank of the share's stage takes part in.  Axes of size 1 send nothing."""
     step = _Step(config, layout, share, 2 if bf16 else 4)
@@ -79,7 +44,8 @@ class _Step:
         self.config, self.layout, self.share, self.axes, self.e = config, layout, share, share.axes, e
         self.c, self.micro, self.B = config.model, micro_batches(config, layout), config.micro_batch(layout.dp)
         self.tokens = self.B * config.dataset.seq_length  # of a micro-batch; a tp rank holds 1 / tp of them
-        self.layers, self.ends_with_gradient = gradients(config, share)
+        found, self.ends_with_gradient = reach(config, share.parts, share.tensors)
+        self.layers = [layer for part in found for layer in part]
         self.mixtures = [layer for layer in self.layers if layer.kind == "E"]
 
     def again(self, layers: list[Layer]) -> list[Layer]:

@@ -254,6 +254,21 @@ def test_activations_in_flight(virtual: int, recompute: str) -> None:
         assert activations(config, layout, share, bf16=True, gpu=True) == flying * each + passing
 
 
+def test_what_training_does_not_reach_keeps_nothing() -> None:
+    """Frozen up to layer 4: of eight equal blocks the last three keep what all keep of theirs."""
+    text = "model.hybrid_override_pattern=-------- train.precision=bf16 model.intermediate_size=512"
+    last = "peft.freeze=[embeddings.weight,'layers.[0-4].*']"
+    found = []
+    for more in ([], [last], [last, "train.recompute=full"]):
+        config = config_for([*text.split(), *more])
+        (share,) = shares(config, layout := check_layout(config, 1), stage_spans(config), bf16=True)
+        found.append(activations(config, layout, share, bf16=True, gpu=True))
+    stream, block = 16 * 24 * 2, 16 * activation_bytes(config.model, "-", 16, 1, 1, 2, gpu=True)
+    assert found[0] - found[1] == 5 * block
+    head = 2 * (16 * 64 + 2 * 16 * 24)
+    assert found[2] == 3 * stream + stream + max(head, block)
+
+
 def test_recompute_lowers_the_estimate() -> None:
     kept, less = (memory(preset("ladder-1b", f"train.recompute={r}"), 1, "cuda") for r in ("none", "full"))
     assert less.activations < kept.activations / 3
