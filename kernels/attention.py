@@ -55,6 +55,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None 
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor, seq_idx: Tensor | None) -> Tensor:
+    if q.numel() == 0:  # PyTorch 2.11's operator divides by zero; no query, no gradient
+        return q + 0.0 * (k.sum() + v.sum())
     Sq, Skv = q.shape[1], k.shape[1]
     plain = seq_idx is None and Sq in (1, Skv)  # one query sees all keys; as many queries as keys is the causal square
     mask = None if plain else attention_mask(Sq, Skv, seq_idx, q.device)
