@@ -39,6 +39,7 @@ from nano3.data.sampling import parse_split
 from nano3.data.sources import HUB, Piece, Read, RecordError, cut, documents, find_inputs
 from nano3.data.tiktoken_vocab import NVIDIA, TiktokenOptions
 from nano3.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from nano3.lock import locked
 
 REPORT_BYTES = 1 << 20  # of text between two messages of a worker
 SHOWN = 10  # broken records that are shown; all are counted
@@ -293,7 +294,8 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Pat
             raise UserError(f"--input {' '.join(args.input)}: every file is empty")
         tokenizer = open_tokenizer(job)
         job.record(0).parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(job):
+        busy = f"--output-prefix {prefix}: another run is writing there; wait for it"
+        with locked(job.record(0).parent / "lock", busy):
             _same_job(job, tokenizer, inputs, args.shard_mb)
             _remove_temporaries(job)
             width = token_dtype(tokenizer.vocab_size).itemsize
@@ -308,22 +310,6 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None] = print) -> Pat
         raise UserError(
             f"--output-prefix {args.output_prefix}: {error}; check the folder, its space and rights"
         ) from None
-
-
-@contextlib.contextmanager
-def _only_one(job: Job):
-    """Refuse a second run with the same prefix at the same time."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context((job.record(0).parent / "lock").open("w"))
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output-prefix {job.prefix}: another run is writing there; wait for it") from None
-        except (ImportError, OSError):  # no locks here
-            pass
-        yield
 
 
 def _same_job(job: Job, tokenizer: Tokenizer, inputs: list[str], shard_mb: int) -> None:

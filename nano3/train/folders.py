@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from nano3.cli import to_yaml
 from nano3.config import Config, UserError
+from nano3.lock import locked
 from nano3.parallel.mesh import Mesh, first_says
 from nano3.train import locate, storage
 
@@ -78,33 +78,12 @@ PATIENCE = 10.0  # seconds in which a job that is being replaced may end
 def hold(save: Path, config: Config, mesh: Mesh) -> Iterator[None]:
     """Keep other runs out of the folder of checkpoints: two that write the same names would make one of both.
 
-    The system frees the lock when its holder is gone, however it ended.  Raises UserError on every rank.
+    Raises UserError on every rank.
     """
     with contextlib.ExitStack() as stack:
         if config.checkpoint.save_interval >= 0:
-            first_says(mesh, lambda: stack.enter_context(_locked(save)))
-        yield
-
-
-@contextlib.contextmanager
-def _locked(save: Path) -> Iterator[None]:
-    with (save / ".lock").open("a") as file:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"checkpoint.save={save}: another run is saving there; wait for its end, or save elsewhere"
-                    ) from None
-                time.sleep(0.2)
-                continue
-            except (ImportError, OSError):  # no locks here
-                pass
-            break
+            refusal = f"checkpoint.save={save}: another run is saving there; wait for its end, or save elsewhere"
+            first_says(mesh, lambda: stack.enter_context(locked(save / ".lock", refusal, PATIENCE)))
         yield
 
 
