@@ -327,4 +327,5 @@ def difference(config: Config, preset: str) -> list[str]:
         base = merge(base, _one_unit_each(base, OmegaConf.create(layer), preset), preset)
     mine = OmegaConf.structured(config)
     pairs = ((k, OmegaConf.select(base, k), OmegaConf.select(mine, k)) for k in keys_of(Config))
-    return [f"{k}={new}" for k, old, new in pairs if old != new]
+    replaced = {f"{stem}_{unit}" for stem in LENGTHS for unit in UNITS}  # a length that is None is said in another unit
+    return [f"{k}={new}" for k, old, new in pairs if old != new and not (new is None and k in replaced)]

@@ -92,7 +92,7 @@ RULES = (
     ),
     Rule(
         "with scheduler.lr_decay_style=constant",
-        lambda c: c.scheduler.lr_decay_style == "constant",
+        lambda c: c.scheduler.lr_decay_style == "constant" and not c.scheduler.lr_warmup_fraction,  # which is of it
         _of("scheduler", "lr_decay_iters", "lr_decay_samples", "lr_decay_tokens"),
         "choose a style that decays (WSD, cosine or linear), or drop it",
     ),

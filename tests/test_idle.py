@@ -23,7 +23,9 @@ ENTERS = {  # the place that a rule is about -> commands that are there
         [*TEXT, "dataset.per_split_data_args_path=x.json"],
     ],
     "with dataset.name=mock": [[*TEXT, "dataset=mock"]],
-    "with scheduler.lr_decay_style=constant": [[*TEXT, "scheduler.lr_decay_style=constant"]],
+    "with scheduler.lr_decay_style=constant": [
+        [*TEXT, "scheduler.lr_decay_style=constant", "scheduler.lr_warmup_iters=5"]
+    ],
     "without scheduler.lr_decay_style=WSD": [[*TEXT, f"scheduler.lr_decay_style={s}"] for s in ("cosine", "constant")],
     "without a warm-up": [[*TEXT, "scheduler.lr_warmup_iters=0"]],
     "with validation.eval_iters=0 or validation.sample_tokens=0": [
@@ -139,3 +141,12 @@ def test_a_file_that_somebody_wrote_is_held_to_it(tmp_path: Path) -> None:
 def test_lengths_are_not_negative(setting: str) -> None:
     with pytest.raises(UserError, match=rf"scheduler\.{setting} must be at least"):
         settings(*TEXT, f"scheduler.{setting}")
+
+
+def test_the_decay_of_a_constant_rate_may_say_how_long_the_warm_up_is() -> None:
+    words = ["scheduler.lr_decay_style=constant", "scheduler.lr_decay_iters=50", "train.train_iters=200"]
+    words += ["scheduler.lr_wsd_decay_fraction=null"]
+    args = ["--mode", "pretrain", "--preset", "tiny", *words]
+    with pytest.raises(UserError, match="lr_decay_iters=50 does nothing"):
+        resolve(parser().parse_args([*args, "scheduler.lr_warmup_fraction=0"]))
+    resolve(parser().parse_args([*args, "scheduler.lr_warmup_fraction=0.1"]))

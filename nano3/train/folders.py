@@ -29,13 +29,12 @@ def make_folder(asked: str | None, name: str) -> Path:
         folder = Path(f"runs/{name}-{n}")
 
 
-def check_save(config: Config, save: Path, first: int) -> None:
+def check_save(config: Config, save: Path, first: int, base: str | None) -> None:
     """Raise UserError where checkpoints cannot be written, or would take the place of what the run starts from, or of
     folders that are not ours."""
-    base, setting = config.checkpoint.pretrained_checkpoint, "checkpoint.pretrained_checkpoint"
     ours = base is not None and locate.is_ours(base)
-    if ours and locate.find(base, setting).parent.resolve() == save.resolve():
-        raise UserError(f"checkpoint.save={save} holds the weights that {setting}={base} names; save elsewhere")
+    if ours and locate.find(base, "the weights that the run starts from").parent.resolve() == save.resolve():
+        raise UserError(f"checkpoint.save={save} holds the weights that the run starts from, {base}; save elsewhere")
     if theirs := [p for p in storage.iterations(save) if int(p.name[5:]) > first and storage.foreign(p)]:
         raise UserError(
             f"checkpoint.save={save} holds {theirs[0].name}, which nano3 did not write and a save may replace; save "
@@ -50,15 +49,25 @@ def check_save(config: Config, save: Path, first: int) -> None:
         raise UserError(f"checkpoint.save={save}: cannot be written to: {error}") from None
 
 
-def run_folders(config: Config, name: str, mesh: Mesh, first: int = 0) -> tuple[Path, Path]:
+def run_folders(config: Config, name: str, mesh: Mesh, first: int = 0, base: str | None = None) -> tuple[Path, Path]:
     """Where a run writes, and where its checkpoints.  The first rank makes them and tells the others, who would find
-    them made and take them for an earlier run's.  first: steps done."""
+    them made and take them for an earlier run's.  first: steps done.  base: the weights
+    that it starts from, or that its adapters belong to."""
 
     def make() -> tuple[Path, Path]:
         folder = make_folder(config.logger.run_dir, name)
         save = Path(config.checkpoint.save or folder / "checkpoints")
         if config.checkpoint.save_interval >= 0:
-            check_save(config, save, first)
+            check_save(config, save, first, base)
+        return folder, save
+
+    return first_says(mesh, make)
+
+
+def write_settings(folder: Path, config: Config, mesh: Mesh) -> None:
+    """config.yaml of a run, in one piece.  Raises UserError on every rank."""
+
+    def write() -> None:
         settings = folder / "config.yaml"
         temporary = settings.with_name(f".{settings.name}.{os.getpid()}.tmp")
         try:
@@ -66,9 +75,8 @@ def run_folders(config: Config, name: str, mesh: Mesh, first: int = 0) -> tuple[
             temporary.replace(settings)
         except OSError as error:
             raise UserError(f"logger.run_dir={folder}: cannot be written to: {error}") from None
-        return folder, save
 
-    return first_says(mesh, make)
+    first_says(mesh, write)
 
 
 PATIENCE = 10.0  # seconds in which a job that is being replaced may end

@@ -26,7 +26,7 @@ from nano3.parallel.mesh import LostContact, Mesh, first_says, lost_contact
 from nano3.train import checkpoint, locate, storage
 from nano3.train.answers import is_squad, score
 from nano3.train.checkpoint import Saver
-from nano3.train.folders import hold, resume_command, run_folders
+from nano3.train.folders import hold, resume_command, run_folders, write_settings
 from nano3.train.metrics import Log, clock
 from nano3.train.optim import AdamW
 from nano3.train.plan import (
@@ -56,13 +56,11 @@ class Trainer:
         check_kernels(config, mesh.device)
         micro = config.micro_batch(mesh.dp.size)
         self.place = Place(config.train.global_batch_size, micro, mesh.dp.rank, mesh.dp.size)
-        c, self.loaded = config.checkpoint, None
-        base = c.pretrained_checkpoint and locate.fixed(
-            c.pretrained_checkpoint, "checkpoint.pretrained_checkpoint", mesh
-        )
-        if (
-            load := first_says(mesh, self._resumable)
-        ) is not None:  # found and verified once, before anything takes memory
+        c, self.loaded, self.found = config.checkpoint, None, first_says(mesh, self._found)
+        base, setting = c.pretrained_checkpoint, "checkpoint.pretrained_checkpoint"
+        base = None if base is None else locate.fixed(base, setting, mesh)
+        load = first_says(mesh, self._resumable)
+        if load is not None:  # found and verified once, before anything takes memory
             held = locate.open_verified(load, "checkpoint.load", mesh, c.resume_from_last_good)
             self.loaded = held[0]
         checkpoint.choose_tokenizer(config, str(self.loaded or base or "") or None)
@@ -102,6 +100,19 @@ class Trainer:
             return None
         return load
 
+    def _found(self) -> str | None:
+        """What checkpoint.load means now, if that is the folder which this run saves to."""
+        c, run = self.config.checkpoint, self.config.logger.run_dir
+        save = c.save or (run and Path(run) / "checkpoints")
+        if not save or c.load is None:
+            return None
+        if Path(save).resolve() not in (Path(c.load).resolve(), (Path(c.load) / "checkpoints").resolve()):
+            return None
+        try:
+            return str(locate.find(c.load, "checkpoint.load"))
+        except UserError:
+            return None
+
     def run(self) -> int:
         """Train to the end or until asked to stop.  Returns the exit status."""
         config, total = self.config, self.config.iterations
@@ -110,8 +121,14 @@ class Trainer:
                 f"checkpoint.load={self.loaded}: step {self.progress.iteration} of {total}: nothing is left to do; "
                 f"train on with train.train_iters={self.progress.iteration + total}"
             )
-        folder, self.save_to = run_folders(config, self.name, self.mesh, self.progress.iteration)
+        base = config.checkpoint.pretrained_checkpoint if self.recipe is None else self.recipe.base
+        folder, self.save_to = run_folders(config, self.name, self.mesh, self.progress.iteration, base)
         with hold(self.save_to, config, self.mesh):
+            if first_says(self.mesh, self._found) != self.found:  # while this one waited for the lock
+                raise UserError(
+                    f"checkpoint.load={config.checkpoint.load}: another run has saved there meanwhile; start again"
+                )
+            write_settings(folder, config, self.mesh)
             return self._run(folder, Log(config, folder, total, self.mesh.is_main))
 
     def _run(self, folder: Path, log: Log) -> int:

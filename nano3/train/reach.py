@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nano3.config import Config
-from nano3.model.lora import trains
+from nano3.model.lora import BIAS, trains
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def reach(config: Config, parts: list[tuple[int, int]], names: Iterable[str]) ->
 
     names: of the tensors that the rank holds.  What another stage hands on always has a gradient (`parallel.pipeline`).
     """
-    moved = {name for name in names if trains(name, config.peft)}
+    moved = {name for name in names if trains(name, config.peft) and not name.endswith(f".{BIAS}")}  # has no gradient
     found, reached = [], False
     for start, stop in parts:
         reached = start > 0 or "embeddings.weight" in moved

@@ -3,7 +3,9 @@
 Most other tests keep one core busy; these, of lower priority, have what is left.
 """
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,8 +35,9 @@ def begin(file: str) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **interpret}
     for command in commands(file) if file not in _begun else ():
         printed = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe would fill up: nobody reads for a while)
+        options = {"stdout": printed, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
         niced = ["nice", "-n", "10", *command]
-        process = subprocess.Popen(niced, cwd=ROOT, env=env, stdout=printed, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(niced, cwd=ROOT, env=env, **options)
         _begun.setdefault(file, []).append((process, printed))
 
 
@@ -61,5 +64,7 @@ def begin_with(items: list[pytest.Item]) -> None:
 def end() -> None:
     """The session is over, perhaps before they are."""
     for process, printed in (pair for pairs in _begun.values() for pair in pairs):
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it has forked, too
+        process.wait()
         printed.close()

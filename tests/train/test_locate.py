@@ -86,6 +86,36 @@ def test_adapters_keep_their_base_when_its_run_goes_on(tmp_path: Path) -> None:
         assert files[0] == files[1]
 
 
+def test_adapters_are_not_saved_over_their_base(tmp_path: Path) -> None:
+    """The base may be known from their recipe alone."""
+    base, lora = tmp_path / "base", tmp_path / "lora"
+    trainer(f"logger.run_dir={base}").run()
+    given = f"checkpoint.pretrained_checkpoint={base}"
+    trainer(given, *LORA, f"logger.run_dir={lora}", "train.train_iters=4").run()
+    again = trainer(*LORA, f"checkpoint.load={lora}", f"checkpoint.save={base}/checkpoints", f"logger.run_dir={lora}2")
+    with pytest.raises(UserError, match=r"holds the weights that the run starts from, .*iter_0000006; save elsewhere"):
+        again.run()
+
+
+def test_a_job_that_waited_for_another_does_not_begin_before_its_end(tmp_path: Path) -> None:
+    """It looked for a checkpoint before the other saved its last."""
+    where = [f"checkpoint.save={tmp_path}/save", f"checkpoint.load={tmp_path}/save", f"logger.run_dir={tmp_path}/run"]
+    first, second = trainer(*where, "train.train_iters=2"), trainer(*where, "train.train_iters=5")
+    first.run()
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=r"another run has saved there meanwhile; start again"):
+        second.run()
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    assert trainer(*where, "train.train_iters=5").run() == 0
+
+
+def test_data_workers_do_not_keep_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "PATIENCE", 0.1)
+    where = [f"checkpoint.save={tmp_path}/save", "train.train_iters=2", "dataset.num_workers=2"]
+    runs = [trainer(f"logger.run_dir={tmp_path}/{name}", *where) for name in "ab"]
+    assert [t.run() for t in runs] == [0, 0]
+
+
 def test_two_runs_do_not_save_into_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would write the other's temporary names: one checkpoint of both."""
     monkeypatch.setattr(folders, "PATIENCE", 0.1)

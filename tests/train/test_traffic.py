@@ -44,6 +44,7 @@ FROZEN = [  # what lies before the first trained weight has no backward pass; in
     (4, "parallel.tp=2 peft.freeze=[embeddings.weight,'layers.*',norm_f.weight]"),
     (4, "parallel.tp=2 parallel.ep=4 train.recompute=full peft.freeze=[embeddings.weight,'layers.[0-3].*'] "
         "peft.freeze_router=true"),
+    (4, "parallel.tp=2 peft.freeze=[embeddings.weight,'layers.[0-3].*','*norm.weight','*.shared_experts.*']"),
     (8, "parallel.tp=2 parallel.ep=4 parallel.pp=2 peft.freeze=[embeddings.weight,'layers.[0-4].*']"),
     (4, "parallel.tp=2 parallel.pp=2 parallel.virtual_pp=2 train.recompute=full peft.freeze=[embeddings.weight]"),
     (4, LORA),
