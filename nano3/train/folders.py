@@ -51,8 +51,8 @@ def check_save(config: Config, save: Path, first: int, base: str | None) -> None
 
 def run_folders(config: Config, name: str, mesh: Mesh, first: int = 0, base: str | None = None) -> tuple[Path, Path]:
     """Where a run writes, and where its checkpoints.  The first rank makes them and tells the others, who would find
-    them made and take them for an earlier run's.  first: steps done.  base: the weights
-    that it starts from, or that its adapters belong to."""
+    them made and take them for an earlier run's.  first: steps done.  base: the weights that it starts from, or that
+    its adapters belong to."""
 
     def make() -> tuple[Path, Path]:
         folder = make_folder(config.logger.run_dir, name)

@@ -3,7 +3,6 @@
 Most other tests keep one core busy; these, of lower priority, have what is left.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -64,7 +63,7 @@ def begin_with(items: list[pytest.Item]) -> None:
 def end() -> None:
     """The session is over, perhaps before they are."""
     for process, printed in (pair for pairs in _begun.values() for pair in pairs):
-        with contextlib.suppress(ProcessLookupError):
+        if process.poll() is None:  # its number may be another's afterwards
             os.killpg(process.pid, signal.SIGKILL)  # what it has forked, too
-        process.wait()
+            process.wait()
         printed.close()
