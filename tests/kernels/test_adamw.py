@@ -12,7 +12,7 @@ STEP = Step(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, decay=0.1, count=3)
 
 
 def moments(R: int, W: int, block: int, form: str, device: str) -> tuple[Moment, Moment]:
-    first, second = torch.randn(R, W, device=device) / 10, torch.rand(R, W, device=device) ** 4
+    first, second = (torch.randn(R, W) / 10).to(device), torch.rand(R, W).to(device) ** 4
     if form == "8bit":
         bits = torch.randint(0, 1 << 16, (R, W), device=device)
         return encode(first, block, bits, False), encode(second, block, bits, True)
@@ -33,8 +33,8 @@ def test_the_kernel_is_the_reference(
     """fp32 to rounding.  What is rounded stochastically may land on the other side where the two differ by an ulp:
     then it is next to the reference's, and rarely."""
     dtype, gradient_dtype = (getattr(torch, d) for d in dtypes)
-    weight = torch.randn(R, W, device=device).to(dtype)
-    gradient = (torch.randn(R, W, device=device) * torch.randn(R, W, device=device).exp()).to(gradient_dtype)
+    weight = torch.randn(R, W).to(device, dtype)  # drawn on the CPU: a single bf16 number may well stay what it is
+    gradient = (torch.randn(R, W) * torch.randn(R, W).exp()).to(device, gradient_dtype)
     kept = moments(R, W, block, form, device)
     more = (torch.tensor(0.7, device=device), STEP, keys_of(7, "x", 3), Place(70_000, 1 << 20, 17), block)
     ours, theirs = ([weight.clone(), gradient, *map(copy, kept)] for _ in range(2))

@@ -37,7 +37,10 @@ def assert_same(fast, formula, inputs: list[Tensor]) -> None:
     mine = torch.autograd.grad([k[0] for k in kept], inputs, [k[2] for k in kept])
     theirs = torch.autograd.grad([k[1] for k in kept], inputs, [k[2] for k in kept])
     for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
-        assert relative(a, b) <= BOUND, f"gradient of input {i}"
+        if b.any():
+            assert relative(a, b) <= BOUND, f"gradient of input {i}"
+        else:  # exactly zero (one query and one key, say): the other numbers are of order one
+            assert a.norm() <= BOUND, f"gradient of input {i}"
 
 
 def ssd_inputs(B: int, S: int, H: int, P: int, G: int, N: int) -> list[Tensor]:

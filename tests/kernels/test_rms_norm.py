@@ -113,8 +113,10 @@ def test_one_summand_and_one_reader_are_additions_to_the_bit(
         return [*outputs, *torch.autograd.grad(*chosen, allow_unused=True)]
 
     for i, (a, b) in enumerate(zip(gradients(join(1)), gradients(apart), strict=True)):
-        if dtype == torch.bfloat16 and len(used) == 2 and 2 <= i < 3 + summands:
-            continue  # the sum of two gradients, rounded once instead of twice: the next test
+        if len(used) == 2 and 2 <= i < 3 + summands:  # the sum of two gradients, rounded once instead of twice
+            if dtype == torch.float32:  # where the compiler fuses a multiplication into the addition
+                assert relative_error(a, b) < 2 * torch.finfo(dtype).eps
+            continue  # in 16 bit: the next test
         assert (a is None and b is None) or torch.equal(a, b)
 
 
